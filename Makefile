@@ -1,0 +1,36 @@
+# The commands people type. `make demo` and `make test` need Python 3.11 to 3.13 and nothing else.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test check bench clients clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	touch $(STAMP)
+
+demo: $(STAMP)      ## compress the bundled model at 4 bits, end to end
+	$(BIN)/compress demo -o demo-out
+
+check: $(STAMP)     ## lint, types, layout
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest tests/test_layout.py
+
+test: check         ## everything that runs without a GPU
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
+
+bench: $(STAMP)     ## the tables in reports/ that need no GPU
+	$(BIN)/python reports/memory/bench.py
+	$(BIN)/python reports/demo-speed/bench.py
+
+clients: $(STAMP)   ## one environment a client that cannot share ours, then the tests against it
+	tests/clients/make.sh .clients
+	$(BIN)/python -m pytest -m clients
+
+clean:
+	rm -rf $(VENV) .clients build *.egg-info

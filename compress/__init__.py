@@ -1,0 +1,36 @@
+"""Post-training compression of language models. Importing this loads nothing heavy; names are loaded on use.
+
+import compress
+compress.run("MODEL", compress.GPTQ(bits=4), out="OUT")
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "run": "compress.api",
+    "evaluate": "compress.api",
+    "Options": "compress.options",
+    "GPTQ": "compress.passes.gptq",
+    "RTN": "compress.passes.rtn",
+    "CompressError": "compress.errors",
+}
+
+__all__ = ["GPTQ", "RTN", "CompressError", "Options", "__version__", "evaluate", "run"]
+
+if TYPE_CHECKING:
+    from compress.api import evaluate, run
+    from compress.errors import CompressError
+    from compress.options import Options
+    from compress.passes.gptq import GPTQ
+    from compress.passes.rtn import RTN
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'compress' has no attribute {name!r}")

@@ -1,0 +1,239 @@
+"""The command line: one sub-command a pass, its options derived from the pass's fields. The only file with typer.
+
+A sub-command is built when it is called for, so that `compress --help` imports neither torch nor transformers.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import json
+import sys
+import types
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from typer.core import TyperGroup
+
+from compress.errors import CompressError
+from compress.options import Options
+from compress.passes import PASSES, load
+
+if TYPE_CHECKING:
+    from compress.types import Pass
+
+_OTHER = {
+    "eval": "perplexity of any checkpoint, dense or packed, ours or another tool's",
+    "demo": "the whole job on a small model that comes with the package: no hub, no GPU, a minute",
+}
+
+
+class LazyGroup(TyperGroup):
+    """Lists every command from plain tables; builds the one that is called."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        return [*PASSES, *_OTHER]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        if cmd_name in PASSES or cmd_name in _OTHER:
+            return _build(cmd_name) if ctx.meta.get("compress.building") else _stub(cmd_name)
+        return None
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        ctx.meta["compress.building"] = True
+        return super().resolve_command(ctx, args)
+
+
+def _stub(name: str) -> Any:
+    """A command with a name and a help line only, for the list."""
+    summary = PASSES[name].summary if name in PASSES else _OTHER[name]
+    small = typer.Typer(add_completion=False)
+    small.command(name=name, help=summary)(lambda: None)
+    return typer.main.get_command(small)
+
+
+def _build(name: str) -> Any:
+    small = typer.Typer(add_completion=False, rich_markup_mode=None)
+    functions: dict[str, Callable[..., None]] = {"eval": eval_command, "demo": demo_command}
+    function = functions.get(name) or pass_command(name)
+    small.command(name=name, help=inspect.getdoc(function))(function)
+    return typer.main.get_command(small)
+
+
+app = typer.Typer(
+    cls=LazyGroup,
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Compress language models after training: quantise, evaluate, write checkpoints that other tools load.",
+)
+
+
+@app.callback()
+def _top(
+    version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,
+) -> None:
+    if version:
+        from compress import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
+    """A typer option from a dataclass field."""
+    meta = field.metadata
+    flag = "--" + field.name.replace("_", "-")
+    names = list(meta.get("flags") or ())
+    if not names:
+        off = meta.get("off") or ("no-" + flag[2:] if field.default is True else None)
+        names = [f"{flag}/--{off}"] if off else [flag]
+    default: Any = field.default
+    if typing.get_origin(hint) is tuple:
+        hint, default = list[str], []
+    if isinstance(hint, types.UnionType):  # typer wants Optional[...] spelled out
+        hint = Optional[next(a for a in typing.get_args(hint) if a is not types.NoneType)]  # noqa: UP045
+    annotation = Annotated[hint, typer.Option(*names, help=meta.get("help", ""))]
+    return inspect.Parameter(field.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+
+
+def _parameters(settings: type[Any]) -> list[inspect.Parameter]:
+    hints = typing.get_type_hints(settings)
+    return [_parameter(f, hints[f.name]) for f in dataclasses.fields(settings)]
+
+
+def _take(settings: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    """The values of a dataclass's fields out of a command's arguments."""
+    names = {f.name for f in dataclasses.fields(settings)}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in names}
+
+
+_SWITCHES = [
+    inspect.Parameter(
+        name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, typer.Option(flag, help=text)]
+    )
+    for name, flag, text in (
+        ("dry_run", "--dry-run", "say what would be done, from config.json and shard headers alone"),
+        ("as_json", "--json", "print one JSON object instead of tables"),
+        ("quiet", "--quiet", "no progress line"),
+    )
+]
+
+
+def pass_command(name: str) -> Callable[..., None]:
+    """The function behind `compress NAME MODEL`, its signature made from the pass and from Options."""
+    method = load(name)
+
+    def command(model: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+        _run(model, method(**_take(method, given)), Options(**_take(Options, given)), dry_run, as_json, quiet)
+
+    first = inspect.Parameter(
+        "model",
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        annotation=Annotated[str, typer.Argument(help="model folder, hub id, or 'bundled'")],
+    )
+    parameters = [first, *_parameters(method), *_parameters(Options), *_SWITCHES]
+    command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    command.__annotations__ = {p.name: p.annotation for p in parameters}
+    command.__doc__ = inspect.getdoc(method)
+    return command
+
+
+def _run(model: str, method: Pass, options: Options, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    from compress import api
+    from compress.pipeline import compress_checkpoint
+    from compress.report import screen
+
+    if dry_run:
+        plan = screen.dry_run(api.make_job(model, method, options, dry=True))
+        print(json.dumps(plan, indent=2)) if as_json else screen.print_plan(plan)
+        return
+    job = api.make_job(model, method, options)
+    try:
+        with screen.progress_line(quiet or as_json) as progress:
+            result = compress_checkpoint(job, progress)
+    except KeyboardInterrupt:
+        command = " ".join(["compress", *sys.argv[1:]])
+        print(f"\nstopped; finished blocks are kept in {job.out}.partial. To go on, type: {command}", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps(screen.as_json(result), indent=2))
+    else:
+        screen.print_result(result)
+
+
+def eval_command(
+    model: Annotated[str, typer.Argument(help="model folder, hub id, or 'bundled'")],
+    text: Annotated[
+        str, typer.Option(help="recipe (wikitext2, c4, ptb, bundled), file, folder or hub data set")
+    ] = "wikitext2",
+    against: Annotated[Optional[str], typer.Option(help="the original: adds KL divergence and top-1 agreement")] = None,  # noqa: UP045
+    window: Annotated[
+        int | None, typer.Option(help="tokens a window; default: 2048, or the context if shorter")
+    ] = None,
+    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1; default: cuda if there is one")] = None,  # noqa: UP045
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    trust_remote_code: Annotated[bool, typer.Option(help="run model code that comes with the checkpoint")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
+    quiet: Annotated[bool, typer.Option(help="no progress line")] = False,
+) -> None:
+    """Perplexity of any checkpoint by the GPTQ papers' protocol, streamed block by block."""
+    from compress import api
+    from compress.report import screen
+
+    with screen.progress_line(quiet or as_json) as progress:
+        score, base, used = api.evaluate(
+            model,
+            text,
+            against=against,
+            window=window,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps(screen.score_json(score, base, used), indent=2))
+    else:
+        screen.print_scores(model, score, base, used)
+
+
+def demo_command(
+    model: Annotated[
+        str, typer.Option(help="bundled, or smollm2: SmolLM2-135M-Instruct from a published package")
+    ] = "bundled",
+    bits: Annotated[int, typer.Option(help="bits a weight")] = 4,
+    out: Annotated[Path, typer.Option("-o", "--out", help="output folder")] = Path("demo-out"),
+    quiet: Annotated[bool, typer.Option(help="no progress line")] = False,
+) -> None:
+    """The whole job, end to end: calibrate, GPTQ, write, verify, evaluate. No hub, no GPU, about a minute."""
+    from compress.passes.gptq import GPTQ
+
+    if model == "smollm2":
+        from compress.smollm2 import fetch
+
+        source, samples, seq_len = str(fetch()), 32, 512
+    elif model == "bundled":
+        source, samples, seq_len = "bundled", 128, 256
+    else:
+        raise CompressError(f"no demo model {model!r}", "--model", "use bundled or smollm2")
+    options = Options(out=out, calib="bundled", eval="bundled", samples=samples, seq_len=seq_len, overwrite=True)
+    _run(source, GPTQ(bits=bits), options, dry_run=False, as_json=False, quiet=quiet)
+
+
+def main() -> None:
+    """Entry point: errors a user can mend take one line on stderr and exit code 2."""
+    import os
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        app()
+    except CompressError as error:
+        print(f"error: {error.line()}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,158 @@
+"""compressed-tensors, format "pack-quantized": what transformers, vLLM and SGLang load.
+
+For each linear layer P: P.weight_packed int32 [out, ceil(in * bits / 32)] of codes, P.weight_scale [out, groups] in the
+model's dtype, P.weight_shape int64 [2]; asymmetric also P.weight_zero_point int32 [ceil(out * bits / 32), groups], packed
+down the columns. Facts that shape this file:
+- quantization_status must be "compressed": with any other value transformers keeps random weights without an error;
+- asymmetric files need "dequantize": true (compressed-tensors 0.18 to 0.20 mis-shape the zero point otherwise);
+- no act-order keys and no g_idx: current readers refuse them, so groups are stored in natural column order;
+- 3, 5, 6 and 7 bits are packed densely, which needs compressed-tensors 0.18 or newer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import bits as bitpack
+from compress.errors import CompressError
+from compress.formats.base import LayerShape, divisors_hint
+from compress.packed.uniform import UniformGrid
+from compress.types import Packed, Storage
+
+NAME = "compressed-tensors"
+METHOD = "compressed-tensors"
+MAIN = "weight_packed"
+SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+
+
+class CompressedTensors:
+    """The format as a value; see the module's text."""
+
+    name = NAME
+    main = MAIN
+    suffixes = SUFFIXES
+
+    def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
+        """Readers cast scales to the model's dtype, so they are stored in it."""
+        return model_dtype
+
+    def why_not(self, storage: Storage, layer: LayerShape) -> str | None:
+        if storage.kind != UniformGrid.kind:
+            return f"compressed-tensors cannot hold the kind {storage.kind!r}"
+        if storage.ordered_groups:
+            return "compressed-tensors holds no g_idx: use --act-order static, or --format gptq"
+        if layer.transposed:
+            return "this model keeps its weights as Conv1D [in, out], which compressed-tensors cannot hold: use --format gptq"
+        if layer.expert and not storage.symmetric:
+            return "transformers cannot load asymmetric experts from compressed-tensors: use --symmetric"
+        if storage.group_size != -1 and layer.in_features % storage.group_size:
+            return (
+                f"group size {storage.group_size} does not divide in_features {layer.in_features}: "
+                f"{divisors_hint(layer.in_features, storage.group_size)}"
+            )
+        return None
+
+    def pack(self, packed: Packed) -> dict[str, Tensor]:
+        assert isinstance(packed, UniformGrid)  # why_not refused every other kind
+        out = {
+            "weight_packed": bitpack.pack(packed.codes, packed.bits),
+            "weight_scale": packed.scales,
+            "weight_shape": torch.tensor(packed.shape, dtype=torch.int64),
+        }
+        if packed.zeros is not None:
+            out["weight_zero_point"] = bitpack.pack(packed.zeros.t().contiguous(), packed.bits).t().contiguous()
+        return out
+
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> UniformGrid:
+        """Exact inverse of `pack`. `config` is the checkpoint's quantization_config."""
+        weights = _weights_of(name, config)
+        bits, size = int(weights["num_bits"]), weights.get("group_size")
+        out, columns = (int(n) for n in tensors["weight_shape"])
+        scales = tensors["weight_scale"]
+        zeros = None
+        if "weight_zero_point" in tensors:
+            zeros = bitpack.unpack(tensors["weight_zero_point"].t().contiguous(), bits, out).t().contiguous()
+        codes = bitpack.unpack(tensors["weight_packed"], bits, columns)
+        return UniformGrid(codes, scales, zeros, bits, -1 if size is None else int(size))
+
+    def shape(self, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> tuple[int, int]:
+        """(out, in) of a stored layer from its headers. Exact where groups or the word count fix it."""
+        out, words = shapes["weight_packed"]
+        weights = _weights_of(name, config)
+        size = weights.get("group_size")
+        groups = shapes["weight_scale"][1] if len(shapes["weight_scale"]) > 1 else 1
+        return out, groups * int(size) if size not in (None, -1) else words * 32 // int(weights["num_bits"])
+
+    def config(self, storages: Mapping[str, Storage], ignored: Sequence[str]) -> dict[str, Any]:
+        """quantization_config for config.json: one group a distinct storage."""
+        kinds = sorted(set(storages.values()), key=lambda s: (s.bits, s.group_size, s.symmetric))
+        groups = {}
+        for i, storage in enumerate(kinds):
+            targets = ["Linear"] if len(kinds) == 1 else sorted(n for n, s in storages.items() if s == storage)
+            groups[f"group_{i}"] = {
+                "targets": targets,
+                "format": "pack-quantized",
+                "input_activations": None,
+                "output_activations": None,
+                "weights": {
+                    "num_bits": storage.bits,
+                    "type": "int",
+                    "symmetric": storage.symmetric,
+                    "strategy": "channel" if storage.group_size == -1 else "group",
+                    "group_size": None if storage.group_size == -1 else storage.group_size,
+                    "dynamic": False,
+                    "observer": "minmax",
+                },
+            }
+        value: dict[str, Any] = {
+            "quant_method": METHOD,
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": groups,
+            "ignore": sorted(ignored),
+            "kv_cache_scheme": None,
+            "sparsity_config": {},
+            "transform_config": {},
+        }
+        if any(not s.symmetric for s in kinds):
+            value["dequantize"] = True
+        return value
+
+    def files(self, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
+        """Further JSON files a reader wants: none."""
+        return {}
+
+
+def _weights_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The weights entry of the config group that a layer belongs to."""
+    status, fmt = config.get("quantization_status"), config.get("format")
+    if status != "compressed" or fmt not in ("pack-quantized", "mixed-precision"):
+        raise CompressError(
+            f"compressed-tensors with format {fmt!r} and status {status!r} cannot be read",
+            name,
+            "pack-quantized files with status 'compressed' can",
+        )
+    groups = list(config["config_groups"].values())
+    for group in groups:
+        for target in group["targets"]:
+            pattern = target[3:] if target.startswith("re:") else re.escape(target) + "$"
+            if re.match(pattern, name):
+                return _checked(name, group)
+    for group in groups:
+        if "Linear" in group["targets"]:
+            return _checked(name, group)
+    raise CompressError("no config group of config.json names this layer", name, "the checkpoint is inconsistent")
+
+
+def _checked(name: str, group: Mapping[str, Any]) -> Mapping[str, Any]:
+    weights: Mapping[str, Any] = group["weights"]
+    if group.get("format", "pack-quantized") != "pack-quantized" or weights.get("type", "int") != "int":
+        raise CompressError(f"format {group.get('format')!r} of type {weights.get('type')!r} cannot be read", name)
+    if weights.get("actorder") == "group":
+        raise CompressError("actorder 'group' cannot be read", name, "current readers refuse it as well")
+    return weights

@@ -1,0 +1,42 @@
+"""The settings of a run that are not a pass's own. The command line and the Python API are both derived from it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+def _option(default: Any, text: str, *flags: str) -> Any:
+    return field(default=default, metadata={"help": text, "flags": flags})
+
+
+@dataclass(frozen=True)
+class Options:
+    """Where data comes from, where the result goes, what is allowed."""
+
+    out: Path | None = _option(None, "output folder; default: MODEL-METHOD-BITSbit here", "-o", "--out")
+    format: str = _option("compressed-tensors", "compressed-tensors, gptq (v1) or gptq_v2")
+    calib: str = _option(
+        "pile",
+        "calibration data: pile, c4, wikitext2, ptb, bundled, self (the model's own text), a .txt/.jsonl/.parquet file or "
+        "folder, or a hub data set id (with --calib-column)",
+    )
+    calib_column: str | None = _option(None, "text column of a data set")
+    chat_template: bool = _option(False, "rows are chats: format them with the tokenizer's chat template")
+    samples: int = _option(128, "calibration rows")
+    seq_len: int | None = _option(None, "tokens a row; default: 2048, or the model's context if shorter")
+    seed: int = _option(0, "seed of every random choice")
+    eval: str = _option("wikitext2", "evaluation text: as --calib")
+    no_eval: bool = _option(False, "do not evaluate")
+    include: tuple[str, ...] = _option((), "only layers whose name matches this pattern (repeatable)")
+    exclude: tuple[str, ...] = _option((), "leave layers whose name matches this pattern (repeatable)")
+    true_sequential: bool = _option(
+        False, "collect each layer's statistics after the layers before it in the block were compressed"
+    )
+    device: str | None = _option(None, "cpu, cuda, cuda:1; default: cuda if there is one")
+    dtype: str = _option("auto", "auto, float32, bfloat16 or float16: precision in which blocks run")
+    overwrite: bool = _option(False, "replace an existing output once the new one is complete")
+    fresh: bool = _option(False, "start over instead of going on with a stopped run")
+    allow_pickle: bool = _option(False, "read pytorch_model.bin through torch's weights-only unpickler")
+    trust_remote_code: bool = _option(False, "run model code that comes with the checkpoint")

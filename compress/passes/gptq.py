@@ -1,0 +1,316 @@
+"""GPTQ (Frantar, Ashkboos, Hoefler, Alistarh: "GPTQ", ICLR 2023), with what was learned since.
+
+The idea: quantise a row's weights one column at a time; after each, move the not yet quantised weights of the row so
+that the layer's output on the calibration inputs changes least. With H the mean of x x^T, U the upper Cholesky factor
+of H^-1 and e = (w_i - q_i) / U_ii, the move is w_j -= e * U_ij for j > i (Algorithm 1). Columns go in blocks: moves
+inside a block are made at once, the rest of the matrix is updated once a block by one matrix product.
+
+Beyond the paper, each with its own switch:
+- scale search weighted by H's diagonal, over scales of both signs;
+- act order with static groups: columns are visited in order of falling H_ii, groups stay in natural column order;
+- refit: for fixed codes the loss is quadratic in the group scales, so their optimum is a linear solve a row;
+- descent: sweeps of coordinate descent over the codes under the full Hessian.
+A row whose loss would be above round-to-nearest's on the same grid takes the round-to-nearest codes. A column that
+calibration never saw (H_ii = 0) is rounded to nearest; the reference code sets it to zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field, replace
+from typing import ClassVar, Literal, Self
+
+import torch
+from torch import Tensor
+
+from compress import grid
+from compress.errors import CompressError
+from compress.grid import Grid
+from compress.packed.uniform import UniformGrid, group_index
+from compress.types import LayerStats, Needs, Solved, Storage
+
+#: each failed Cholesky multiplies the damp by this; it ends far above any Hessian's own diagonal
+_DAMP_STEP = 10.0
+_DAMP_LIMIT = 1e4
+
+
+@dataclass(frozen=True)
+class GPTQ:
+    """GPTQ: second-order rounding that minimises each layer's output error (Frantar et al. 2023)."""
+
+    name: ClassVar[str] = "gptq"
+    needs: ClassVar[Needs] = Needs.HESSIAN
+
+    bits: int = field(default=4, metadata={"help": "bits a weight, 2 to 8"})
+    group_size: int | None = field(
+        default=None,
+        metadata={"help": "columns that share a scale; -1: whole row; default: largest of 128, 64, 32 that divides"},
+    )
+    symmetric: bool = field(default=True, metadata={"help": "symmetric grid (no zero points)", "off": "asymmetric"})
+    act_order: Literal["static", "groups", "none"] = field(
+        default="static",
+        metadata={
+            "help": "static: visit columns by falling H diagonal, groups in natural order; groups: groups follow that "
+            "order too (g_idx, gptq format only); none: natural order, scales from the updated weights"
+        },
+    )
+    damp_percent: float = field(default=0.01, metadata={"help": "share of H's mean diagonal added to its diagonal"})
+    block_size: int = field(default=128, metadata={"help": "columns updated lazily together; changes speed only"})
+    scale_search: bool = field(
+        default=True, metadata={"help": "search each group's scale under the error weighted by H's diagonal"}
+    )
+    refit: bool = field(default=True, metadata={"help": "least-squares refit of the group scales to the codes"})
+    descent: int = field(default=1, metadata={"help": "sweeps of coordinate descent over the codes after GPTQ"})
+
+    def __post_init__(self) -> None:
+        if not 2 <= self.bits <= 8:
+            raise CompressError(f"bits {self.bits} is out of range", "--bits", "use 2 to 8")
+        if self.damp_percent <= 0 or not self.damp_percent < float("inf"):
+            raise CompressError(f"damp percent {self.damp_percent} is out of range", "--damp-percent", "try 0.01")
+        if self.block_size < 1:
+            raise CompressError(f"block size {self.block_size} is out of range", "--block-size", "try 128")
+        if self.descent < 0:
+            raise CompressError(f"{self.descent} sweeps is out of range", "--descent", "use 0 or more")
+        if self.act_order not in ("static", "groups", "none"):
+            raise CompressError(f"no act order {self.act_order!r}", "--act-order", "use static, groups or none")
+
+    def settle(self, in_features: Collection[int]) -> Self:
+        return replace(self, group_size=grid.settle_group_size(self.group_size, in_features))
+
+    @property
+    def storage(self) -> Storage:
+        size = -1 if self.group_size is None else self.group_size
+        ordered = self.act_order == "groups" and size != -1
+        return Storage(UniformGrid.kind, self.bits, size, self.symmetric, ordered)
+
+    def __call__(self, weight: Tensor, stats: LayerStats, scale_dtype: torch.dtype) -> Solved:
+        """Quantise one matrix.
+
+        Args:
+            weight: [out, in].
+            stats: with `hessian` [in, in].
+            scale_dtype: dtype of the stored scales.
+
+        Raises:
+            CompressError: the Hessian holds NaN or infinity.
+        """
+        assert stats.hessian is not None
+        target = weight.float()
+        hessian = stats.hessian.float()
+        size = -1 if self.group_size is None else self.group_size
+        dead = hessian.diagonal() <= 0
+        order = torch.arange(len(hessian), device=hessian.device)
+        if self.act_order != "none":
+            order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        back = torch.argsort(order)
+        damped, factor, notes = factorise(hessian[order][:, order], dead[order], self.damp_percent)
+        if dead.any():
+            notes.append(f"{int(dead.sum())} of {len(dead)} input columns were never active: rounded to nearest")
+
+        if self.act_order == "groups":  # the whole problem is permuted, so that groups are contiguous again
+            target, hessian, visit = target[:, order], hessian[order][:, order], torch.arange(len(order)).to(order)
+        else:
+            damped, visit = damped[back][:, back], order
+
+        importance = hessian.diagonal().clamp(min=1e-6 * float(damped.diagonal().mean()))
+        grids = grid.fit(target, self.bits, size, self.symmetric, scale_dtype, self.scale_search, importance)
+        groups = group_index(target.shape[1], size, target.device)
+        fresh = size != -1 and self.act_order != "static"
+        k, grids = self._sweep(target, factor, grids, groups, visit, importance if fresh else None)
+        k, grids = self._polish(k, target, damped, grids, size, groups, visit)
+        k, worse = keep_better_rows(k, target, hessian, grids, groups)
+        if worse:
+            notes.append(f"{worse} of {len(target)} rows kept their round-to-nearest codes: their loss was lower")
+        ordered = back if self.act_order == "groups" else None
+        return self._solved(k, grids, groups, target, hessian, ordered, tuple(notes))
+
+    def _sweep(
+        self, target: Tensor, factor: Tensor, grids: Grid, groups: Tensor, visit: Tensor, fresh: Tensor | None
+    ) -> tuple[Tensor, Grid]:
+        """GPTQ's loop (Algorithm 1). `fresh` (importance) asks for scales from the updated weights of each group."""
+        w = target[:, visit].t().contiguous()  # [in, out]: a column of the matrix is contiguous
+        k = torch.empty_like(w)
+        scale, zero = grids.scale.clone(), grids.zero.clone()
+        group_of = groups[visit].tolist()
+        top = 2**self.bits - 1
+        for start, stop in blocks(len(w), self.block_size, group_of if fresh is not None else None):
+            inner = w[start:stop]
+            u = factor[start:stop, start:stop]
+            error = torch.empty_like(inner)
+            for i in range(stop - start):
+                g = group_of[start + i]
+                if fresh is not None and (start + i == 0 or group_of[start + i - 1] != g):
+                    last = start + i + sum(1 for x in group_of[start + i :] if x == g)
+                    now = grid.fit(
+                        w[start + i : last].t().contiguous(),
+                        self.bits,
+                        -1,
+                        self.symmetric,
+                        grids.dtype,
+                        self.scale_search,
+                        fresh[start + i : last],
+                    )
+                    scale[:, g], zero[:, g] = now.scale[:, 0], now.zero[:, 0]
+                s, z = scale[:, g], zero[:, g]
+                level = grid.nearest(inner[i], s, -z, top - z)
+                k[start + i] = level
+                error[i] = (inner[i] - grid.value(level, s, grids.dtype)) / u[i, i]
+                if i + 1 < stop - start:
+                    inner[i + 1 :].addr_(u[i, i + 1 :], error[i], alpha=-1)
+            if stop < len(w):
+                w[stop:].addmm_(factor[start:stop, stop:].t(), error, alpha=-1)
+        natural = torch.empty_like(k)
+        natural[visit] = k
+        return natural.t().contiguous(), Grid(scale, zero, self.bits, grids.dtype)
+
+    def _polish(
+        self, k: Tensor, target: Tensor, damped: Tensor, grids: Grid, size: int, groups: Tensor, visit: Tensor
+    ) -> tuple[Tensor, Grid]:
+        """Alternate the refit of the scales and sweeps over the codes."""
+        for sweep in range(max(self.descent, 1)):
+            if self.refit:
+                grids = refit_scales(k, target, damped, grids, size)
+            if sweep < self.descent:
+                k = descend(k, target, damped, grids, groups, visit)
+        return k, grids
+
+    def _solved(
+        self,
+        k: Tensor,
+        grids: Grid,
+        groups: Tensor,
+        target: Tensor,
+        hessian: Tensor,
+        back: Tensor | None,
+        notes: tuple[str, ...],
+    ) -> Solved:
+        error = target - grid.value(k, grids.scale[:, groups], grids.dtype)
+        codes = (k + grids.zero[:, groups]).to(torch.uint8)
+        g_idx = None
+        if back is not None:
+            codes = codes[:, back].contiguous()
+            g_idx = groups[back].to(torch.int32) if self.storage.ordered_groups else None
+        zeros = None if self.symmetric else grids.zero.to(torch.uint8)
+        size = -1 if self.group_size is None else self.group_size
+        packed = UniformGrid(codes, grids.scale.to(grids.dtype), zeros, self.bits, size, g_idx)
+        return Solved(packed, row_losses(error, hessian), row_losses(target, hessian), notes)
+
+
+def factorise(hessian: Tensor, dead: Tensor, damp_percent: float) -> tuple[Tensor, Tensor, list[str]]:
+    """Damp H and take the upper factor U of its inverse, H^-1 = U^T U.
+
+    The inverse is never formed: with J the reversal of order and J H J = L L^T, U = J L^-1 J. When Cholesky fails the
+    damp is multiplied by ten, and every step is noted. Columns in `dead` get H_ii = 1.
+
+    Returns:
+        damped H [in, in], U [in, in], notes.
+
+    Raises:
+        CompressError: H is not finite.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise CompressError(
+            "the Hessian holds NaN or infinity", remedy="the activations overflowed: use --dtype float32"
+        )
+    damped = hessian.clone()
+    damped.diagonal()[dead] = 1.0
+    mean = float(hessian.diagonal().mean())
+    mean = mean if mean > 0 else 1.0
+    percent = damp_percent
+    notes: list[str] = []
+    while True:
+        trial = damped.clone()
+        trial.diagonal().add_(percent * mean)
+        lower, info = torch.linalg.cholesky_ex(trial.flip(0, 1))
+        if int(info) == 0:
+            eye = torch.eye(len(trial), dtype=trial.dtype, device=trial.device)
+            inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+            if bool(torch.isfinite(inverse).all()):
+                return trial, inverse.flip(0, 1).contiguous(), notes
+        raised = max(percent * _DAMP_STEP, 1e-6)
+        if raised > _DAMP_LIMIT:
+            raise CompressError(f"no damp up to {_DAMP_LIMIT:g} makes the Hessian positive definite")
+        notes.append(f"Cholesky failed at damp {percent:g}: raised to {raised:g}")
+        percent = raised
+
+
+def blocks(columns: int, block_size: int, group_of: list[int] | None) -> Iterator[tuple[int, int]]:
+    """Column blocks of about `block_size` that never begin a group in their middle unless they hold it whole.
+
+    A group's scales are fitted when its first column is reached, from weights that must carry every update by then;
+    with blocks cut like this they do, so the block size changes no result.
+    """
+    start = 0
+    while start < columns:
+        stop = min(start + block_size, columns)
+        if group_of is not None and stop < columns and group_of[stop - 1] == group_of[stop]:
+            first = group_of.index(group_of[stop - 1])
+            if first > start:
+                stop = first
+        yield start, stop
+        start = stop
+
+
+def segment_sum(x: Tensor, size: int) -> Tensor:
+    """Sum over the columns of each group: [..., in] -> [..., groups]; the last group may be ragged."""
+    columns = x.shape[-1]
+    size = columns if size == -1 else size
+    groups = -(-columns // size)
+    padded = torch.nn.functional.pad(x, (0, groups * size - columns))
+    return padded.reshape(*x.shape[:-1], groups, size).sum(-1)
+
+
+def refit_scales(k: Tensor, target: Tensor, damped: Tensor, grids: Grid, size: int) -> Grid:
+    """The group scales that minimise each row's loss for fixed levels k: a [groups, groups] solve a row.
+
+    With q = sum_g s_g k_g the loss is quadratic in s: A s = b, A_gh = k_g H k_h^T, b_g = w H k_g^T. A scale that would
+    leave 0.4 to 2.5 times its old value is kept (its group is nearly unused), then all are rounded to storage.
+    """
+    columns = k.shape[1]
+    size = columns if size == -1 else size
+    groups = -(-columns // size)
+    b = segment_sum((target @ damped) * k, size)  # [out, groups]
+    a = torch.empty(len(k), groups, groups, device=k.device)
+    for g in range(groups):
+        mine = slice(g * size, min((g + 1) * size, columns))
+        a[:, g] = segment_sum((k[:, mine] @ damped[mine]) * k, size)
+    diagonal = a.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-5 * diagonal.mean(1, keepdim=True) + 1e-12
+    solution, info = torch.linalg.solve_ex(a, b)
+    ratio = solution / grids.scale
+    sane = (ratio > 0.4) & (ratio < 2.5) & (info == 0)[:, None]
+    scale = torch.where(sane, grid.round_scale(solution, grids.dtype), grids.scale)
+    return Grid(scale, grids.zero, grids.bits, grids.dtype)
+
+
+def descend(k: Tensor, target: Tensor, damped: Tensor, grids: Grid, groups: Tensor, visit: Tensor) -> Tensor:
+    """One sweep of coordinate descent: each level in turn takes its best value, all others fixed."""
+    k = k.t().contiguous()  # [in, out]
+    scale = grids.scale[:, groups].t().contiguous()
+    low, high = grids.low.t().contiguous(), grids.high.t().contiguous()
+    now = grid.value(k, scale, grids.dtype)
+    gradient = damped @ (target.t() - now)  # [in, out]
+    curvature = damped.diagonal().tolist()
+    group_of = groups.tolist()
+    for j in visit.tolist():
+        g = group_of[j]
+        level = grid.nearest(now[j] + gradient[j] / curvature[j], scale[j], low[g], high[g])
+        moved = grid.value(level, scale[j], grids.dtype)
+        gradient.addr_(damped[j], moved - now[j], alpha=-1)
+        k[j], now[j] = level, moved
+    return k.t().contiguous()
+
+
+def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
+    """float32 [out]: e H e^T for each row e."""
+    return ((error @ hessian) * error).sum(1)
+
+
+def keep_better_rows(k: Tensor, target: Tensor, hessian: Tensor, grids: Grid, groups: Tensor) -> tuple[Tensor, int]:
+    """Replace rows whose loss is above round-to-nearest's on the same grid. Returns the levels and how many."""
+    scale = grids.scale[:, groups]
+    plain = grid.nearest(target, scale, grids.low[:, groups], grids.high[:, groups])
+    ours = row_losses(target - grid.value(k, scale, grids.dtype), hessian)
+    theirs = row_losses(target - grid.value(plain, scale, grids.dtype), hessian)
+    worse = theirs < ours
+    return torch.where(worse[:, None], plain, k), int(worse.sum())

@@ -1,0 +1,375 @@
+"""The flow, from top to bottom: open, calibrate, one decoder block at a time, write, verify, evaluate.
+
+compress_checkpoint() is the whole system in one function; what it calls are the rooms of the house.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress import plan as planning
+from compress import stats
+from compress.blocks import BlockModel, Linear
+from compress.calibration import EvalText, Rows
+from compress.checkpoint import Checkpoint
+from compress.errors import CompressError
+from compress.evaluate.perplexity import Score, evaluate
+from compress.formats import of_config
+from compress.hidden import Batches, HiddenStates, batch_rows
+from compress.journal import Journal
+from compress.output import assemble
+from compress.plan import Plan
+from compress.types import LayerStats, Needs, Pass, Solved, settings
+from compress.verify import Proof, digest, verify
+from compress.weights import Weights
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        source: the model's folder.
+        out: the output folder's final name.
+        method: the pass.
+        format: name in the FORMATS table.
+        rows: calibration rows; None when the pass needs none.
+        text: evaluation text; None for no evaluation.
+        device, dtype: where and in what precision blocks run; dtype None for the checkpoint's own.
+        true_sequential: collect each layer's statistics after the layers before it in the block are compressed.
+        include, exclude: patterns on layer names.
+        seed: recorded; the rows were drawn with it.
+        origin: what the user called the model (a hub id), for the records.
+    """
+
+    source: Path
+    out: Path
+    method: Pass
+    format: str = "compressed-tensors"
+    rows: Rows | None = None
+    text: EvalText | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype | None = None
+    true_sequential: bool = False
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    seed: int = 0
+    origin: str = ""
+    overwrite: bool = False
+    fresh: bool = False
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run is; handed to the caller's progress line.
+
+    Attributes:
+        phase: "calibrate", "compress", "verify", "evaluate".
+        done, total: blocks (or what the phase counts).
+        layers, all_layers: layers compressed so far.
+    """
+
+    phase: str
+    done: int
+    total: int
+    layers: int = 0
+    all_layers: int = 0
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each part of a run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        begun = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - begun
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did; report/ turns it into tables and files.
+
+    Attributes:
+        records: for each compressed layer its error, tokens and notes.
+        score, original: figures of the written file and of the original on the evaluation text.
+        seconds: by part of the run.
+        resumed: blocks taken over from an earlier, stopped run.
+    """
+
+    job: Job
+    plan: Plan
+    records: list[dict[str, Any]]
+    proof: Proof
+    score: Score | None
+    original: Score | None
+    seconds: dict[str, float]
+    resumed: int
+    dtype: torch.dtype
+
+
+Progress = Callable[[Status], None]
+
+
+def open_model(job: Job) -> tuple[Weights, BlockModel]:
+    """The source checkpoint and its model on the meta device. Raises CompressError for input that cannot be used."""
+    pickle_cache = job.out.with_name(job.out.name + ".unpickled") if job.allow_pickle else None
+    checkpoint = Checkpoint.open(job.source, job.allow_pickle, pickle_cache)
+    if of_config(checkpoint.config) is not None:
+        method = checkpoint.config["quantization_config"].get("quant_method")
+        raise CompressError(f"the input is already quantised ({method})", str(job.source), "pass the original model")
+    weights = Weights(checkpoint)
+    probe = BlockModel(weights, torch.float32, job.device, job.trust_remote_code)
+    stored = weights.dtype(probe.linears(0)[0].name + ".weight")
+    if not stored.is_floating_point or stored.itemsize < 2:
+        raise CompressError(f"weights are stored as {stored}", str(job.source), "pass a 16- or 32-bit checkpoint")
+    probe.dtype = job.dtype or default_dtype(stored, job.device)
+    return weights, probe
+
+
+def default_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
+    """The checkpoint's own dtype on a GPU, float32 on a CPU (many have no 16-bit arithmetic worth using)."""
+    return stored if device.type == "cuda" else torch.float32
+
+
+def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> Result:
+    """Compress one checkpoint.
+
+    Returns:
+        What was done, with the evaluation of the file as written.
+
+    Raises:
+        CompressError: anything a user can mend; nothing is left under the final name, finished blocks are kept.
+    """
+    clock = Clock(device=job.device)
+    with clock("load"):
+        weights, model = open_model(job)
+    from compress.formats import FORMATS
+
+    plan = planning.make_plan(model, job.method, FORMATS[job.format], job.include, job.exclude)
+    planning.check_room(job.out, 2 * plan.bytes_after)
+    calibrated = Needs.HESSIAN in plan.method.needs
+    if calibrated and job.rows is None:
+        raise CompressError(
+            f"{plan.method.name} needs calibration data", "--calib", "pass --calib bundled or a text file"
+        )
+
+    with Journal(job.out, job.overwrite) as journal:
+        earlier = {} if job.fresh else journal.earlier()
+        batches = make_batches(model, plan, job, earlier.get("batch_rows")) if calibrated else None
+        with clock("hash"):
+            sources = weights.checkpoint.fingerprint()
+        done = journal.start(fingerprint(job, plan, sources, model.dtype, batches), job.fresh)
+        hidden = None
+        if batches is not None:
+            nbytes = batches.tokens.numel() * model.hidden_size * model.dtype.itemsize
+            hidden = HiddenStates(nbytes, job.device, journal.folder / "hidden.bin")
+            with clock("forward"):
+                for i in range(len(batches)):
+                    hidden.put(i, model.embed(batches[i]))
+        layers = 0
+        for block, linears in enumerate(plan.blocks):
+            last = block + 1 == len(plan.blocks)
+            if block < done and (hidden is None or last):
+                layers += len(linears)
+                continue
+            with clock("load"):
+                model.load(block)
+            if block < done:
+                restore(model, journal, plan, block)
+            else:
+                tensors, records = compress_block(model, plan, block, batches, hidden, job.true_sequential, clock)
+                with clock("write"):
+                    journal.add(block, tensors, records)
+            if hidden is not None and batches is not None and not last:
+                with clock("forward"):
+                    advance(model, block, batches, hidden)
+            model.free(block)
+            layers += len(linears)
+            progress(Status("compress", block + 1, len(plan.blocks), layers, plan.layers))
+        if hidden is not None:
+            hidden.close()
+        records = [r for block in range(len(plan.blocks)) for r in journal.records(block)]
+        with clock("write"):
+            assemble(job, plan, weights.checkpoint, journal, records, sources)
+        with clock("verify"):
+            proof = verify(journal.final, records, weights.checkpoint, job.trust_remote_code)
+        score = original = None
+        if job.text is not None:
+            with clock("evaluate"):
+                written = Weights(Checkpoint.open(journal.final))
+                score, original = evaluate(
+                    written,
+                    job.text.tokens,
+                    job.device,
+                    model.dtype,
+                    original=weights,
+                    trust_remote_code=job.trust_remote_code,
+                    step=lambda d, t: progress(Status("evaluate", d, t, layers, plan.layers)),
+                )
+        result = Result(job, plan, records, proof, score, original, clock.seconds, done, model.dtype)
+        from compress.report import finish
+
+        finish(result, journal.final)
+        journal.publish()
+    return result
+
+
+def make_batches(model: BlockModel, plan: Plan, job: Job, rows_before: int | None) -> Batches | None:
+    """Calibration rows in batches sized to the free memory; a run that goes on keeps the size it began with."""
+    if job.rows is None:
+        return None
+    tokens = job.rows.tokens
+    widest = max(linear.shape[0] for block in plan.blocks for linear in block)
+    size = rows_before or batch_rows(len(tokens), tokens.shape[1], model.hidden_size, widest, job.device)
+    return Batches(tokens, size)
+
+
+def compress_block(
+    model: BlockModel,
+    plan: Plan,
+    block: int,
+    batches: Batches | None,
+    hidden: HiddenStates | None,
+    true_sequential: bool,
+    clock: Clock,
+) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    """Compress every chosen layer of a loaded block, in place.
+
+    Returns:
+        the tensors to store, by full name, and a record for each layer.
+    """
+    linears = plan.blocks[block]
+    if batches is None or hidden is None:
+        inputs = [stats.Inputs([linear], LayerStats(0)) for linear in linears]
+    else:
+        with clock("hessian"):
+            inputs = stats.collect(model, block, linears, batches, hidden) if linears else []
+    tensors: dict[str, Tensor] = {}
+    records: list[dict[str, Any]] = []
+    stage = inputs[0].stage if inputs else ""
+    for position in range(len(inputs)):
+        group = inputs[position]
+        if true_sequential and batches is not None and hidden is not None and group.stage != stage:
+            stage = group.stage
+            with clock("hessian"):
+                rest = [linear for g in inputs[position:] for linear in g.linears]
+                inputs[position:] = stats.collect(model, block, rest, batches, hidden)
+            group = inputs[position]
+        with clock("solve"):
+            weight = torch.cat([model.weight(linear).float() for linear in group.linears])
+            solved = solve(plan, group, weight)
+        start = 0
+        for linear in group.linears:
+            stop = start + linear.shape[0]
+            part = solved.packed.rows(start, stop)
+            dense = part.dequantize()
+            model.set_weight(linear, dense)
+            stored = {f"{linear.name}.{s}": t.cpu() for s, t in plan.format.pack(part).items()}
+            tensors |= stored
+            records.append(record(linear, group.stats, solved, start, stop, stored, dense))
+            start = stop
+    return tensors, records
+
+
+def solve(plan: Plan, group: stats.Inputs, weight: Tensor) -> Solved:
+    """Run the pass on the rows of all layers that share an input; errors name the layers."""
+    try:
+        return plan.method(weight, group.stats, plan.scale_dtype)
+    except CompressError as error:
+        names = ", ".join(linear.name for linear in group.linears)
+        raise CompressError(error.what, error.where or f"layer {names}", error.remedy) from None
+
+
+def record(
+    linear: Linear,
+    layer_stats: LayerStats,
+    solved: Solved,
+    start: int,
+    stop: int,
+    stored: dict[str, Tensor],
+    dense: Tensor,
+) -> dict[str, Any]:
+    """What the report says of one layer."""
+    loss, norm = float(solved.row_loss[start:stop].sum()), float(solved.row_norm[start:stop].sum())
+    notes = list(solved.notes)
+    if linear.expert is not None and layer_stats.hessian is not None and layer_stats.tokens < linear.shape[1]:
+        notes.append(f"only {layer_stats.tokens} calibration tokens reached this expert ({linear.shape[1]} inputs)")
+    nbytes = sum(t.numel() * t.element_size() for t in stored.values())
+    return {
+        "name": linear.name,
+        "shape": list(linear.shape),
+        "bytes": nbytes,
+        "bits_per_weight": 8 * nbytes / (linear.shape[0] * linear.shape[1]),
+        "tokens": layer_stats.tokens,
+        "relative_error": loss / norm if norm > 0 else 0.0,
+        "notes": notes,
+        "sha256_dense": digest(dense),
+    }
+
+
+def restore(model: BlockModel, journal: Journal, plan: Plan, block: int) -> None:
+    """Give a loaded block the weights that an earlier run stored for it."""
+    from compress.checkpoint import read_tensor
+
+    stored = journal.tensors(block)
+    config = plan.format.config(plan.storages(), [])
+    for linear in plan.blocks[block]:
+        parts = {
+            s: read_tensor(stored[f"{linear.name}.{s}"]) for s in plan.format.suffixes if f"{linear.name}.{s}" in stored
+        }
+        model.set_weight(linear, plan.format.unpack(linear.name, parts, config).dequantize())
+
+
+def advance(model: BlockModel, block: int, batches: Batches, hidden: HiddenStates) -> None:
+    """Replace the hidden states by what the (compressed) block makes of them."""
+    for i in range(len(batches)):
+        out = model.run(block, hidden.get(i), batches.shape(i))
+        if not bool(torch.isfinite(out).all()):
+            raise CompressError("its output holds NaN or infinity", model.block_names[block], "try --dtype float32")
+        hidden.put(i, out)
+
+
+def fingerprint(
+    job: Job, plan: Plan, sources: dict[str, str], dtype: torch.dtype, batches: Batches | None
+) -> dict[str, Any]:
+    """Everything the result depends on; a stopped run goes on only under the same one."""
+    import transformers
+
+    from compress import __version__
+
+    device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"
+    return {
+        "checkpoint": sources,
+        "method": {"name": plan.method.name, **settings(plan.method)},
+        "format": plan.format.name,
+        "calibration": None if job.rows is None else {"source": job.rows.source, "sha256": job.rows.sha256},
+        "layers": {"include": list(job.include), "exclude": list(job.exclude)},
+        "true_sequential": job.true_sequential,
+        "seed": job.seed,
+        "batch_rows": None if batches is None else batches.size,
+        "device": device,
+        "dtype": str(dtype).removeprefix("torch."),
+        "versions": {"compress": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
+    }

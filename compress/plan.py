@@ -1,0 +1,201 @@
+"""What a run will do, from config.json and shard headers alone: layers, sizes, memory, what is left dense and why."""
+
+from __future__ import annotations
+
+import fnmatch
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from compress.blocks import ROUTERS, BlockModel, Linear
+from compress.errors import CompressError
+from compress.formats.base import Format
+from compress.packed.uniform import UniformGrid
+from compress.types import Needs, Pass, Storage
+
+
+@dataclass(frozen=True)
+class Skipped:
+    """A weight matrix that stays as it is, and why."""
+
+    name: str
+    weights: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run will do.
+
+    Attributes:
+        method: the pass with every setting filled.
+        blocks: for each decoder block, the matrices that will be compressed.
+        skipped: matrices that stay dense.
+        total_weights: all parameters of the checkpoint.
+        packed_weights: parameters that will be compressed.
+        bytes_before, bytes_after: weight bytes on disk (after: computed from the format).
+        bits_per_weight: stored bits for each compressed parameter.
+        device_bytes: estimate of the peak on the device.
+    """
+
+    method: Pass
+    format: Format
+    scale_dtype: torch.dtype
+    blocks: list[list[Linear]]
+    skipped: list[Skipped]
+    total_weights: int
+    packed_weights: int
+    bytes_before: int
+    bytes_after: int
+    bits_per_weight: float
+    device_bytes: int
+
+    @property
+    def layers(self) -> int:
+        return sum(len(b) for b in self.blocks)
+
+    def storages(self) -> dict[str, Storage]:
+        """Module name -> storage of every compressed layer that is a module of its own."""
+        return {linear.param.removesuffix(".weight"): self.method.storage for b in self.blocks for linear in b}
+
+
+def make_plan(
+    model: BlockModel, method: Pass, format: Format, include: Sequence[str] = (), exclude: Sequence[str] = ()
+) -> Plan:
+    """Choose layers, settle the pass, ask the format about each layer, add up sizes.
+
+    Args:
+        include, exclude: shell patterns on disk names of layers ("*.mlp.*"); include defaults to all.
+
+    Raises:
+        CompressError: a pattern that matches nothing, nothing left to compress, a layer the format cannot hold.
+    """
+    everything = [model.linears(i) for i in range(len(model.block_names))]
+    names = [linear.name for block in everything for linear in block]
+    for pattern in (*include, *exclude):
+        if not fnmatch.filter(names, pattern):
+            raise CompressError(
+                f"pattern {pattern!r} matches no layer", "--include/--exclude", f"names look like {names[0]}"
+            )
+    chosen: list[list[Linear]] = []
+    skipped: list[Skipped] = []
+    for block in everything:
+        mine = []
+        for linear in block:
+            reason = _reason(linear, include, exclude)
+            if reason is None:
+                mine.append(linear)
+            else:
+                skipped.append(Skipped(linear.name, linear.shape[0] * linear.shape[1], reason))
+        chosen.append(mine)
+    if not any(chosen):
+        raise CompressError("no layer is left to compress", "--include/--exclude", "widen the patterns")
+    weights = model.weights
+    for name in model.dense_linears():
+        skipped.append(Skipped(name, model.model.get_submodule(name).weight.numel(), "outside the decoder blocks"))
+    method = method.settle(sorted({linear.shape[1] for block in chosen for linear in block}))
+    first = next(linear for block in chosen for linear in block)
+    stored = weights.dtype(first.name + ".weight")
+    scale_dtype = format.scale_dtype(stored)
+    refuse(method.storage, format, (linear for block in chosen for linear in block))
+
+    tensors = weights.checkpoint.tensors
+    before = sum(t.nbytes for t in tensors.values())
+    gone = sum(tensors[linear.name + ".weight"].nbytes for block in chosen for linear in block)
+    packed = sum(layer_bytes(linear, method.storage, format, scale_dtype) for block in chosen for linear in block)
+    count = sum(linear.shape[0] * linear.shape[1] for block in chosen for linear in block)
+    return Plan(
+        method,
+        format,
+        scale_dtype,
+        chosen,
+        skipped,
+        sum(t.numel for t in tensors.values()),
+        count,
+        before,
+        before - gone + packed,
+        8.0 * packed / count,
+        _device_estimate(model, chosen, method),
+    )
+
+
+def _reason(linear: Linear, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+    """Why a layer stays dense, None if it does not."""
+    if any(fnmatch.fnmatch(linear.name, p) for p in exclude):
+        return "--exclude"
+    if include and not any(fnmatch.fnmatch(linear.name, p) for p in include):
+        return "not in --include"
+    if not include and ROUTERS.search(linear.name):
+        return "routes tokens to experts"
+    return None
+
+
+def refuse(storage: Storage, format: Format, linears: Iterable[Linear]) -> None:
+    """Raise CompressError for the first layer that the format cannot hold."""
+    for linear in linears:
+        reason = format.why_not(storage, linear.layer_shape)
+        if reason is not None:
+            what, _, remedy = reason.partition(": ")
+            raise CompressError(what, f"layer {linear.name}", remedy)
+
+
+def layer_bytes(linear: Linear, storage: Storage, format: Format, scale_dtype: torch.dtype) -> int:
+    """Bytes on disk of one layer, by packing it on the meta device."""
+    rows, columns = linear.shape
+    groups = 1 if storage.group_size == -1 else -(-columns // storage.group_size)
+    meta = torch.device("meta")
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=meta)
+    scales = torch.empty(rows, groups, dtype=scale_dtype, device=meta)
+    zeros = None if storage.symmetric else torch.empty(rows, groups, dtype=torch.uint8, device=meta)
+    parts = format.pack(UniformGrid(codes, scales, zeros, storage.bits, storage.group_size))
+    return sum(t.numel() * t.element_size() for t in parts.values())
+
+
+def _device_estimate(model: BlockModel, chosen: list[list[Linear]], method: Pass) -> int:
+    """Bytes: the largest block in the compute dtype, its Hessians, and four float32 copies of its widest layer."""
+    width = model.dtype.itemsize
+    most, outside = 0, 0
+    shapes = model.weights.shapes_cache()
+    for i, linears in enumerate(chosen):
+        block = 0
+        for n in model.disk_tensors(i):
+            count = 1
+            for d in shapes[n]:
+                count *= d
+            block += count * width
+        hessians = {(linear.param, linear.expert): linear.shape[1] ** 2 * 4 for linear in linears}
+        widest = max((linear.shape[0] * linear.shape[1] * 4 for linear in linears), default=0)
+        square = max((linear.shape[1] ** 2 * 4 for linear in linears), default=0)
+        need = block + 4 * widest
+        if Needs.HESSIAN in method.needs:
+            need += sum(hessians.values()) + 4 * square
+        most = max(most, need)
+    inside = model.block_names[0].rpartition(".")[0] + "."
+    for name, parameter in model.model.named_parameters():
+        outside += 0 if name.startswith(inside) else int(parameter.numel())
+    return most + outside * width
+
+
+def check_room(out: Path, needed: int) -> None:
+    """Raise CompressError unless `out` can be written and its disk has room for `needed` bytes."""
+    parent = out.absolute().parent
+    while not parent.exists():
+        parent = parent.parent
+    probe = parent / f".compress-{out.name}-probe"
+    try:
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise CompressError(
+            f"cannot be written ({error.strerror})", str(parent), "choose another folder with -o"
+        ) from None
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise CompressError(
+            f"{free / 1e9:.2f} GB free, {needed / 1e9:.2f} GB needed",
+            str(parent),
+            "free some space, or choose another disk with -o",
+        )

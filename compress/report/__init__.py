@@ -1,0 +1,181 @@
+"""One run -> compress.json (the record), report.json (with clock times), README.md (the model card)."""
+
+from __future__ import annotations
+
+import dataclasses
+import platform
+import resource
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress.checkpoint import write_json, write_text
+from compress.output import seal
+from compress.types import settings
+
+if TYPE_CHECKING:
+    from compress.pipeline import Result
+
+_NEEDS = {
+    "compressed-tensors": "compressed-tensors accelerate",
+    "gptq": "gptqmodel optimum",
+    "gptq_v2": "gptqmodel optimum",
+}
+
+
+def finish(result: Result, folder: Path) -> None:
+    """Write the records of a run into its output folder; the sha256 list comes last."""
+    record = make_record(result)
+    write_text(folder / "README.md", model_card(result, record))
+    write_json(folder / "report.json", {**record, **timings(result)})
+    seal(folder, record)
+
+
+def make_record(result: Result) -> dict[str, Any]:
+    """Everything about a run that is the same each time it is made: no clock, no folder names."""
+    import safetensors
+    import transformers
+
+    from compress import __version__
+
+    job, plan = result.job, result.plan
+    rows, text = job.rows, job.text
+    return {
+        "compress": __version__,
+        "versions": {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "safetensors": safetensors.__version__,
+            "python": platform.python_version(),
+        },
+        "source": {"name": job.origin},
+        "method": {"name": plan.method.name, **settings(plan.method)},
+        "format": plan.format.name,
+        "true_sequential": job.true_sequential,
+        "device": device_name(job.device),
+        "seed": job.seed,
+        "calibration": None
+        if rows is None
+        else {
+            "source": rows.source,
+            "samples": rows.tokens.shape[0],
+            "seq_len": rows.tokens.shape[1],
+            "sha256": rows.sha256,
+            "notes": list(rows.notes),
+        },
+        "size": {
+            "bytes_before": plan.bytes_before,
+            "bytes_after": plan.bytes_after,
+            "bits_per_weight": plan.bits_per_weight,
+            "packed_parameters": plan.packed_weights,
+            "total_parameters": plan.total_weights,
+        },
+        "skipped": [dataclasses.asdict(s) for s in plan.skipped],
+        "evaluation": None
+        if text is None or result.score is None or result.original is None
+        else {
+            "text": text.source,
+            "protocol": text.protocol,
+            "bos": text.bos,
+            "dtype": str(result.dtype).removeprefix("torch."),
+            "compressed": dataclasses.asdict(result.score),
+            "original": dataclasses.asdict(result.original),
+        },
+        "verified": dataclasses.asdict(result.proof),
+        "layers": result.records,
+    }
+
+
+def timings(result: Result) -> dict[str, Any]:
+    """Seconds and memory of this one run."""
+    return {
+        "seconds": {**result.seconds, "total": sum(result.seconds.values())},
+        "peak_host_bytes": peak_host_bytes(),
+        "peak_device_bytes": peak_device_bytes(result.job.device),
+        "resumed_blocks": result.resumed,
+    }
+
+
+def peak_host_bytes() -> int:
+    """Peak resident memory of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if platform.system() == "Darwin" else 1024)
+
+
+def peak_device_bytes(device: torch.device) -> int:
+    """Peak allocated device memory; 0 on a CPU."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+
+
+def device_name(device: torch.device) -> str:
+    """ "cpu", or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
+def notes(result: Result) -> list[str]:
+    """What a reader must know: calibration notes, and each distinct note with the number of layers it is true of."""
+    out = [] if result.job.rows is None else list(result.job.rows.notes)
+    count: dict[str, list[str]] = {}
+    for record in result.records:
+        for note in record["notes"]:
+            count.setdefault(note, []).append(record["name"])
+    for note, names in count.items():
+        more = f" and {len(names) - 1} more layers" if len(names) > 1 else ""
+        out.append(f"{names[0]}{more}: {note}")
+    return out
+
+
+def model_card(result: Result, record: dict[str, Any]) -> str:
+    """README.md of the output folder."""
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+    job, plan = result.job, result.plan
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        undefined=StrictUndefined,
+        keep_trailing_newline=True,
+        autoescape=False,
+    )
+    title = job.out.name
+    options = " ".join(f"{k}={v}" for k, v in settings(plan.method).items())
+    return environment.get_template("card.md.j2").render(
+        title=title,
+        source=job.origin,
+        base_model=job.origin if "/" in job.origin and not Path(job.origin).exists() else None,
+        license=source_license(job.source),
+        method=plan.method.name,
+        format=plan.format.name,
+        layers=plan.layers,
+        bits=plan.method.storage.bits,
+        bits_per_weight=plan.bits_per_weight,
+        packed=plan.packed_weights,
+        total=plan.total_weights,
+        bytes_before=plan.bytes_before,
+        bytes_after=plan.bytes_after,
+        score=result.score,
+        original=result.original,
+        eval=job.text,
+        dtype=str(result.dtype).removeprefix("torch."),
+        recipe=f"compress {plan.method.name}: {options} format={plan.format.name} true_sequential={job.true_sequential}",
+        calibration=record["calibration"],
+        seed=job.seed,
+        versions=", ".join(f"{k} {v}" for k, v in {"compress": record["compress"], **record["versions"]}.items()),
+        notes=notes(result),
+        needs=_NEEDS.get(plan.format.name, "compress-llm"),
+    )
+
+
+def source_license(folder: Path) -> str | None:
+    """The licence named in the front matter of the source's model card."""
+    card = folder / "README.md"
+    if not card.exists():
+        return None
+    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
+    if not lines or lines[0].strip() != "---":
+        return None
+    for line in lines[1:]:
+        if line.strip() == "---":
+            return None
+        if line.startswith("license:"):
+            return line.partition(":")[2].strip() or None
+    return None

@@ -1,0 +1,169 @@
+"""Statistics of what enters each linear layer of a block. The only file with hooks.
+
+Layers that are fed the same tensor (q, k, v; gate, up) share one Hessian. Experts of a fused 3-D tensor are seen at
+their calls of `torch.nn.functional.linear`, which the eager experts implementation makes once an expert.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from compress.blocks import BlockModel, Linear
+from compress.errors import CompressError
+from compress.hidden import Batches, HiddenStates
+from compress.types import LayerStats
+
+
+@dataclass
+class Inputs:
+    """Layers with one common input, in the order in which the block runs them.
+
+    Attributes:
+        linears: they share in_features and the Hessian.
+        stats: of their input.
+    """
+
+    linears: list[Linear]
+    stats: LayerStats
+
+    @property
+    def stage(self) -> str:
+        """Layers of one stage run side by side: all experts' first projections are one stage."""
+        return self.linears[0].param
+
+
+@dataclass
+class _Sum:
+    linears: list[Linear]
+    tokens: int = 0
+    total: Tensor | None = None
+    seen: list[Tensor] = field(default_factory=list)  # inputs of the first batch, kept so that addresses stay unique
+
+    def add(self, x: Tensor) -> None:
+        x = x.reshape(-1, x.shape[-1])
+        self.tokens += len(x)
+        if self.total is None:
+            self.total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        accumulate(self.total, x)
+
+
+def accumulate(total: Tensor, x: Tensor) -> None:
+    """total += x^T x in float32. total: float32 [in, in], x: [tokens, in].
+
+    On a GPU 16-bit activations are multiplied as they are: their products are exact in float32, and the sum runs in
+    float32. On a CPU they are widened first, since its 16-bit product would round the sum.
+    """
+    if x.device.type == "cuda" and x.dtype != torch.float32:
+        total += torch.mm(x.t(), x, out_dtype=torch.float32)
+    else:
+        x = x.float()
+        total.addmm_(x.t(), x)
+
+
+def collect(
+    model: BlockModel, block: int, linears: Collection[Linear], batches: Batches, hidden: HiddenStates
+) -> list[Inputs]:
+    """Run a loaded block over all batches and return the Hessians of the given layers' inputs.
+
+    Raises:
+        CompressError: an activation is NaN or infinite (names the layer); a layer that no input ever reached.
+    """
+    sums: dict[str, _Sum] = {}
+    with _Watch(model, linears, sums) as watch:
+        for i in range(len(batches)):
+            model.run(block, hidden.get(i), batches.shape(i))
+            watch.first = False
+            for s in sums.values():
+                s.seen.clear()
+    found = [_finish(s) for s in sums.values()]
+    reached = {linear.name for group in found for linear in group.linears}
+    for linear in linears:
+        if linear.name not in reached:
+            if linear.expert is None:
+                remedy = f"--exclude '{linear.name}' leaves it dense"
+                raise CompressError("calibration never reached this layer", linear.name, remedy)
+            empty = torch.zeros(linear.shape[1], linear.shape[1], device=model.device)
+            found.append(Inputs([linear], LayerStats(0, empty)))
+    return found
+
+
+def _finish(total: _Sum) -> Inputs:
+    assert total.total is not None
+    hessian = total.total / max(total.tokens, 1)
+    if not bool(torch.isfinite(hessian.diagonal()).all()):
+        raise CompressError(
+            "its input holds NaN or infinity (or overflows float32 when squared)",
+            total.linears[0].name,
+            "the checkpoint is damaged, or its activations overflow: try --dtype float32",
+        )
+    return Inputs(total.linears, LayerStats(total.tokens, hessian))
+
+
+class _Watch(TorchFunctionMode):
+    """Feeds the inputs of watched layers to their sums while a block runs."""
+
+    def __init__(self, model: BlockModel, linears: Collection[Linear], sums: dict[str, _Sum]) -> None:
+        super().__init__()
+        self.first = True
+        self._sums = sums
+        self._by_address: dict[tuple[int, tuple[int, ...], int], str] = {}
+        self._stack = ExitStack()
+        self._experts: list[tuple[int, int, int, dict[int, list[Linear]]]] = []
+        fused: dict[str, dict[int, list[Linear]]] = {}
+        for linear in linears:
+            if linear.expert is None:
+                module = model.model.get_submodule(linear.param.rpartition(".")[0])
+                handle = module.register_forward_pre_hook(self._hook(linear))
+                self._stack.callback(handle.remove)
+            else:
+                fused.setdefault(linear.param, {}).setdefault(linear.expert, []).append(linear)
+        for param, experts in fused.items():
+            data = model.model.get_parameter(param)
+            step = data[0].numel() * data.element_size()
+            self._experts.append((data.data_ptr(), step, len(data), experts))
+
+    def __exit__(self, *exc: Any) -> None:
+        self._stack.close()
+        super().__exit__(*exc)  # type: ignore[no-untyped-call]
+
+    def _hook(self, linear: Linear) -> Callable[[Any, tuple[Any, ...]], None]:
+        def before(module: Any, args: tuple[Any, ...]) -> None:
+            self._see(linear, args[0])
+
+        return before
+
+    def _see(self, linear: Linear, x: Tensor) -> None:
+        """First batch: layers fed the very same memory join one sum. Later: only the sum's first layer adds."""
+        if self.first:
+            address = (x.data_ptr(), tuple(x.shape), x._version)
+            owner = self._by_address.setdefault(address, linear.name)
+            if owner != linear.name:
+                self._sums[owner].linears.append(linear)
+                return
+            self._sums[linear.name] = _Sum([linear], seen=[x])
+        if linear.name in self._sums:
+            self._sums[linear.name].add(x)
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch.nn.functional.linear and self._experts:
+            self._expert(args[0], args[1] if len(args) > 1 else (kwargs or {})["weight"])
+        return func(*args, **(kwargs or {}))
+
+    def _expert(self, x: Tensor, weight: Tensor) -> None:
+        for start, step, count, experts in self._experts:
+            index, inside = divmod(weight.data_ptr() - start, step)
+            if inside == 0 and 0 <= index < count and index in experts:
+                mine = experts[index]
+                if mine[0].name not in self._sums:
+                    self._sums[mine[0].name] = _Sum(list(mine))
+                self._sums[mine[0].name].add(x)
+                return

@@ -1,0 +1,95 @@
+"""A checkpoint as dense weights, packed layers dequantised on the way: what a model is loaded from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.checkpoint import Checkpoint, Stored
+from compress.errors import CompressError
+from compress.formats import of_config
+from compress.formats.base import Format
+from compress.packed.uniform import UniformGrid
+
+
+class Weights:
+    """Names, shapes and dense values of a checkpoint, whatever its format.
+
+    Attributes:
+        checkpoint: the folder.
+        packed: names (without ".weight") of the layers that are stored packed.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self.checkpoint = checkpoint
+        self.packed: set[str] = set()
+        self._shapes: dict[str, tuple[int, ...]] | None = None
+        self._format: Format | None = None
+        found = of_config(checkpoint.config)
+        if found is not None:
+            self._format, self._config = found
+            end = "." + self._format.main
+            self.packed = {n[: -len(end)] for n in checkpoint.tensors if n.endswith(end)}
+            if not self.packed:
+                raise CompressError(
+                    f"config.json declares {self._format.name} but no tensor ends in {end}", str(checkpoint.folder)
+                )
+
+    @property
+    def folder(self) -> Path:
+        return self.checkpoint.folder
+
+    @property
+    def format_name(self) -> str | None:
+        """The quantisation format, None for a dense checkpoint."""
+        return None if self._format is None else self._format.name
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Dense tensor name -> shape, from headers alone. Packed layers appear as "<name>.weight", [out, in]."""
+        out = {n: t.shape for n, t in self.checkpoint.tensors.items() if self._owner(n) is None}
+        for name in sorted(self.packed):
+            assert self._format is not None
+            shapes = {s: t.shape for s, t in self._parts(name).items()}
+            out[name + ".weight"] = self._format.shape(name, shapes, self._config)
+        return out
+
+    def shapes_cache(self) -> dict[str, tuple[int, ...]]:
+        """`shapes`, computed once."""
+        if self._shapes is None:
+            self._shapes = self.shapes()
+        return self._shapes
+
+    def dtype(self, name: str) -> torch.dtype:
+        """The dtype in which a dense tensor is stored (of the scales, for a packed layer)."""
+        layer = name.removesuffix(".weight")
+        if layer in self.packed:
+            assert self._format is not None
+            parts = self._parts(layer)
+            return parts["weight_scale" if "weight_scale" in parts else "scales"].torch_dtype
+        return self.checkpoint.tensors[name].torch_dtype
+
+    def read(self, name: str) -> Tensor:
+        """A dense tensor; packed layers come dequantised as [out, in]."""
+        layer = name.removesuffix(".weight")
+        if name.endswith(".weight") and layer in self.packed:
+            return self.read_packed(layer).dequantize()
+        return self.checkpoint.read(name)
+
+    def read_packed(self, layer: str) -> UniformGrid:
+        """A packed layer by its name without ".weight"."""
+        assert self._format is not None
+        parts = {s: self.checkpoint.read(f"{layer}.{s}") for s in self._parts(layer)}
+        return self._format.unpack(layer, parts, self._config)
+
+    def _parts(self, layer: str) -> dict[str, Stored]:
+        assert self._format is not None
+        names = {s: f"{layer}.{s}" for s in self._format.suffixes}
+        return {s: self.checkpoint.tensors[n] for s, n in names.items() if n in self.checkpoint.tensors}
+
+    def _owner(self, name: str) -> str | None:
+        """The packed layer a stored tensor belongs to."""
+        layer, _, suffix = name.rpartition(".")
+        inside = self._format is not None and suffix in self._format.suffixes and layer in self.packed
+        return layer if inside else None
