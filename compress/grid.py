@@ -1,8 +1,8 @@
 """Uniform grids: scales, zero points, rounding. Pure functions that passes share.
 
-A grid over the weights of one group is scale * k with k in low .. high, where low = -zero and high = 2**bits - 1 - zero.
-The symmetric grid has zero = 2**(bits - 1), so one level more on its negative side: a negative scale puts that level on
-the positive side of the weights. Scales are rounded to the dtype in which they will be stored before anything uses them.
+A grid over the weights of one group is scale * k with k in low .. high: low = -zero, high = 2**bits - 1 - zero. The
+symmetric grid has zero = 2**(bits - 1), so one level more on its negative side; a negative scale puts that level on the
+positive side of the weights. Scales are rounded to the dtype in which they are stored before anything uses them.
 """
 
 from __future__ import annotations

@@ -19,8 +19,8 @@ class Options:
     format: str = _option("compressed-tensors", "compressed-tensors, gptq (v1) or gptq_v2")
     calib: str = _option(
         "pile",
-        "calibration data: pile, c4, wikitext2, ptb, bundled, self (the model's own text), a .txt/.jsonl/.parquet file or "
-        "folder, or a hub data set id (with --calib-column)",
+        "calibration data: pile, c4, wikitext2, ptb, bundled, self (the model's own text), a .txt/.jsonl/.parquet "
+        "file or folder, or a hub data set id (with --calib-column)",
     )
     calib_column: str | None = _option(None, "text column of a data set")
     chat_template: bool = _option(False, "rows are chats: format them with the tokenizer's chat template")

@@ -12,7 +12,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch.set_num_threads(1)
 
-WORDS = ["the", "river", "runs", "under", "an", "old", "stone", "bridge", "and", "the", "miller", "counts", "his", "sacks", "while", "a", "red", "fox", "waits", "for", "evening", "rain", "because", "nobody", "told", "her", "that", "bread", "is", "made", "from", "corn", "not", "stones", "and", "every", "winter", "ends", "with", "a", "small", "green", "leaf"]
+WORDS = (
+    "the river runs under an old stone bridge and the miller counts his sacks while a red fox waits for evening rain "
+    "because nobody told her that bread is made from corn not stones and every winter ends with a small green leaf"
+).split()
 
 
 def make_text(words: int, seed: int = 0) -> str:

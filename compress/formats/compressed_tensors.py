@@ -1,8 +1,8 @@
 """compressed-tensors, format "pack-quantized": what transformers, vLLM and SGLang load.
 
-For each linear layer P: P.weight_packed int32 [out, ceil(in * bits / 32)] of codes, P.weight_scale [out, groups] in the
-model's dtype, P.weight_shape int64 [2]; asymmetric also P.weight_zero_point int32 [ceil(out * bits / 32), groups], packed
-down the columns. Facts that shape this file:
+For each linear layer P: P.weight_packed int32 [out, ceil(in * bits / 32)] of codes, P.weight_scale [out, groups] in
+the model's dtype, P.weight_shape int64 [2]; asymmetric also P.weight_zero_point int32 [ceil(out * bits / 32), groups],
+packed down the columns. Facts that shape this file:
 - quantization_status must be "compressed": with any other value transformers keeps random weights without an error;
 - asymmetric files need "dequantize": true (compressed-tensors 0.18 to 0.20 mis-shape the zero point otherwise);
 - no act-order keys and no g_idx: current readers refuse them, so groups are stored in natural column order;
@@ -47,7 +47,7 @@ class CompressedTensors:
         if storage.ordered_groups:
             return "compressed-tensors holds no g_idx: use --act-order static, or --format gptq"
         if layer.transposed:
-            return "this model keeps its weights as Conv1D [in, out], which compressed-tensors cannot hold: use --format gptq"
+            return "a Conv1D weight, kept as [in, out], does not fit compressed-tensors: use --format gptq"
         if layer.expert and not storage.symmetric:
             return "transformers cannot load asymmetric experts from compressed-tensors: use --symmetric"
         if storage.group_size != -1 and layer.in_features % storage.group_size:

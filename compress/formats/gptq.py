@@ -48,7 +48,7 @@ class GPTQFormat:
         if storage.bits not in _BITS:
             return f"the GPTQ format holds 2, 3, 4 and 8 bits, not {storage.bits}: use --format compressed-tensors"
         if layer.expert:
-            return "transformers keeps these experts as one 3-D tensor, which no GPTQ reader fills: use --format compressed-tensors"
+            return "experts kept as one 3-D tensor are filled by no GPTQ reader: use --format compressed-tensors"
         if layer.in_features % 32 or layer.out_features % 32:
             return (
                 f"GPTQ readers need in_features {layer.in_features} and out_features {layer.out_features} to be "
@@ -58,7 +58,7 @@ class GPTQFormat:
 
     def pack(self, packed: Packed) -> dict[str, Tensor]:
         assert isinstance(packed, UniformGrid)  # why_not refused every other kind
-        out, columns = packed.shape
+        out = packed.shape[0]
         groups = packed.scales.shape[1]
         if packed.zeros is None:
             zeros = torch.full((out, groups), 2 ** (packed.bits - 1), dtype=torch.uint8, device=packed.codes.device)

@@ -156,7 +156,7 @@ def model_card(result: Result, record: dict[str, Any]) -> str:
         original=result.original,
         eval=job.text,
         dtype=str(result.dtype).removeprefix("torch."),
-        recipe=f"compress {plan.method.name}: {options} format={plan.format.name} true_sequential={job.true_sequential}",
+        recipe=f"{plan.method.name}: {options} format={plan.format.name} true_sequential={job.true_sequential}",
         calibration=record["calibration"],
         seed=job.seed,
         versions=", ".join(f"{k} {v}" for k, v in {"compress": record["compress"], **record["versions"]}.items()),
