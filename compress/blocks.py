@@ -38,6 +38,7 @@ class Linear:
         transposed: the parameter is [in, out].
         expert: index into a fused [experts, out, in] parameter, or None.
         first_row: where its rows begin in that parameter's out dimension.
+        own_forward: its module computes in its own way (Falcon), so readers cannot keep it packed.
     """
 
     name: str
@@ -46,6 +47,7 @@ class Linear:
     transposed: bool = False
     expert: int | None = None
     first_row: int = 0
+    own_forward: bool = False
 
     @property
     def layer_shape(self) -> LayerShape:
@@ -109,15 +111,18 @@ class BlockModel:
 
     def linears(self, block: int) -> list[Linear]:
         """The weight matrices of a block: nn.Linear, Conv1D, and each expert of fused 3-D tensors."""
+        from transformers.pytorch_utils import Conv1D
+
         prefix = self.block_names[block]
         found: list[Linear] = []
         for name, module in self._blocks[block].named_modules():
-            if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+            if isinstance(module, (nn.Linear, Conv1D)):
                 param = f"{prefix}.{name}.weight"
                 shape = tuple(module.weight.shape)
-                transposed = not isinstance(module, nn.Linear)
+                transposed = isinstance(module, Conv1D)
                 disk = self._parts[param][0].name.removesuffix(".weight")
-                found.append(Linear(disk, param, shape[::-1] if transposed else shape, transposed))
+                own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
+                found.append(Linear(disk, param, shape[::-1] if transposed else shape, transposed, own_forward=own))
         for param, parts in self._parts.items():
             if param.startswith(prefix + ".") and parts[0].expert is not None:
                 found.extend(self._experts(param, parts))
@@ -174,8 +179,8 @@ class BlockModel:
         like = self.model.get_parameter(param)
         if parts[0].expert is None:
             value = self._read(parts[0].name)
-            if parts[0].name.removesuffix(".weight") in self.weights.packed and tuple(value.shape) != tuple(like.shape):
-                value = value.t()  # a packed Conv1D comes as [out, in]
+            if parts[0].name.removesuffix(".weight") in self.weights.packed and _keeps_transposed(self.model, param):
+                value = value.t()  # packed layers come as [out, in]
             value = value.to(self.device, self.dtype)
         else:
             value = torch.empty(like.shape, dtype=self.dtype, device=self.device)
@@ -290,6 +295,14 @@ def _set(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter by name."""
     owner, _, leaf = name.rpartition(".")
     model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+
+
+def _keeps_transposed(model: Any, param: str) -> bool:
+    """Whether a parameter is the weight of a Conv1D, kept as [in, out]."""
+    from transformers.pytorch_utils import Conv1D
+
+    owner, _, leaf = param.rpartition(".")
+    return leaf == "weight" and isinstance(model.get_submodule(owner), Conv1D)
 
 
 @contextlib.contextmanager
@@ -458,8 +471,9 @@ def _check(
             raise CompressError("no tensor in the files", name, f"{weights.folder} is incomplete: download it again")
         if len(found) == 1 and found[0].expert is None:
             have, want = shapes[found[0].name], tuple(param.shape)
-            packed = found[0].name.removesuffix(".weight") in weights.packed
-            if have != want and not (packed and have == want[::-1]):
+            if found[0].name.removesuffix(".weight") in weights.packed and _keeps_transposed(model, name):
+                want = want[::-1]
+            if have != want:
                 raise CompressError(
                     f"the file holds {list(have)}, config.json implies {list(want)}",
                     found[0].name,

@@ -175,6 +175,7 @@ def _fit_asymmetric(part: Tensor, bits: int, dtype: torch.dtype, search: bool, c
     high = part.amax(-1).clamp_(min=0.0)
     flat = (high - low) < 1e-10
     high = torch.where(flat, torch.full_like(high, 1e-10), high)
+    low = torch.minimum(low, -high / (2 * top - 1))  # zero is at least 1: without room for it, high is a step too far
 
     def grid(f: Tensor | float) -> tuple[Tensor, Tensor]:
         trial = round_scale((high - low) * f / top, dtype)

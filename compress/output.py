@@ -31,7 +31,8 @@ def assemble(
     write_shards(folder, tensors(plan, source, journal), SHARD_BYTES)
     carry_over(source.folder, folder)
     ignored = [s.name for s in plan.skipped]
-    quantization = plan.format.config(plan.storages(), ignored)
+    own = any(linear.own_forward for block in plan.blocks for linear in block)
+    quantization = plan.format.config(plan.storages(), ignored, own)
     write_json(folder / "config.json", {**source.config, "quantization_config": quantization})
     for name, value in plan.format.files(quantization).items():
         write_json(folder / name, value)

@@ -84,3 +84,9 @@ def toy(tmp_path_factory: pytest.TempPathFactory, tokenizer) -> Path:  # type: i
         eos_token_id=0,
     )
     return save_model(config, tmp_path_factory.mktemp("toy") / "toy", tokenizer, torch.bfloat16)
+
+
+@pytest.fixture(scope="session")
+def make_model():  # type: ignore[no-untyped-def]
+    """`save_model` for tests that need other configs."""
+    return save_model

@@ -64,8 +64,16 @@ class Format(Protocol):
         """(out_features, in_features) of a packed layer from the shapes of its tensors."""
         ...
 
-    def config(self, storages: Mapping[str, Storage], ignored: Sequence[str]) -> dict[str, Any]:
-        """quantization_config; `ignored` are linear layers of the model that stay dense."""
+    def config(
+        self, storages: Mapping[str, Storage], ignored: Sequence[str], dense_on_load: bool = False
+    ) -> dict[str, Any]:
+        """quantization_config.
+
+        Args:
+            storages: by module name.
+            ignored: module names of linear layers that stay dense.
+            dense_on_load: some module computes with its weight in its own way, so a reader must not keep it packed.
+        """
         ...
 
     def files(self, quantization_config: Mapping[str, Any]) -> dict[str, Any]:

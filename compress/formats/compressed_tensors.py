@@ -88,7 +88,9 @@ class CompressedTensors:
         groups = shapes["weight_scale"][1] if len(shapes["weight_scale"]) > 1 else 1
         return out, groups * int(size) if size not in (None, -1) else words * 32 // int(weights["num_bits"])
 
-    def config(self, storages: Mapping[str, Storage], ignored: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, storages: Mapping[str, Storage], ignored: Sequence[str], dense_on_load: bool = False
+    ) -> dict[str, Any]:
         """quantization_config for config.json: one group a distinct storage."""
         kinds = sorted(set(storages.values()), key=lambda s: (s.bits, s.group_size, s.symmetric))
         groups = {}
@@ -119,7 +121,7 @@ class CompressedTensors:
             "sparsity_config": {},
             "transform_config": {},
         }
-        if any(not s.symmetric for s in kinds):
+        if dense_on_load or any(not s.symmetric for s in kinds):
             value["dequantize"] = True
         return value
 

@@ -101,7 +101,9 @@ class GPTQFormat:
         """(out, in) of a stored layer from its headers."""
         return shapes["qweight"][1], shapes["qweight"][0] * 32 // int(config["bits"])
 
-    def config(self, storages: Mapping[str, Storage], ignored: Sequence[str]) -> dict[str, Any]:
+    def config(
+        self, storages: Mapping[str, Storage], ignored: Sequence[str], dense_on_load: bool = False
+    ) -> dict[str, Any]:
         """quantization_config for config.json and quantize_config.json."""
         kinds = set(storages.values())
         if len(kinds) != 1:

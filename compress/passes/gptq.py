@@ -200,7 +200,7 @@ def factorise(hessian: Tensor, dead: Tensor, damp_percent: float) -> tuple[Tenso
     """Damp H and take the upper factor U of its inverse, H^-1 = U^T U.
 
     The inverse is never formed: with J the reversal of order and J H J = L L^T, U = J L^-1 J. When Cholesky fails the
-    damp is multiplied by ten, and every step is noted. Columns in `dead` get H_ii = 1.
+    damp is multiplied by ten, and every step is noted. Columns in `dead` hold nothing but the damp.
 
     Returns:
         damped H [in, in], U [in, in], notes.
@@ -213,7 +213,7 @@ def factorise(hessian: Tensor, dead: Tensor, damp_percent: float) -> tuple[Tenso
             "the Hessian holds NaN or infinity", remedy="the activations overflowed: use --dtype float32"
         )
     damped = hessian.clone()
-    damped.diagonal()[dead] = 1.0
+    damped.diagonal()[dead] = 0.0
     mean = float(hessian.diagonal().mean())
     mean = mean if mean > 0 else 1.0
     percent = damp_percent
@@ -263,23 +263,28 @@ def segment_sum(x: Tensor, size: int) -> Tensor:
 def refit_scales(k: Tensor, target: Tensor, damped: Tensor, grids: Grid, size: int) -> Grid:
     """The group scales that minimise each row's loss for fixed levels k: a [groups, groups] solve a row.
 
-    With q = sum_g s_g k_g the loss is quadratic in s: A s = b, A_gh = k_g H k_h^T, b_g = w H k_g^T. A scale that would
-    leave 0.4 to 2.5 times its old value is kept (its group is nearly unused), then all are rounded to storage.
+    With q = sum_g s_g k_g the loss is quadratic in s; from the present scales the best step d solves A d = b,
+    A_gh = k_g H k_h^T, b_g = (w - q) H k_g^T. A scale that would leave 0.4 to 2.5 times its old value is kept (its
+    group is nearly unused), then all are rounded to storage. A row that this makes no better keeps its old scales.
     """
     columns = k.shape[1]
     size = columns if size == -1 else size
     groups = -(-columns // size)
-    b = segment_sum((target @ damped) * k, size)  # [out, groups]
+    error = target - k * grids.scale[:, group_index(columns, size, k.device)]
+    b = segment_sum((error @ damped) * k, size)  # [out, groups]
     a = torch.empty(len(k), groups, groups, device=k.device)
     for g in range(groups):
         mine = slice(g * size, min((g + 1) * size, columns))
         a[:, g] = segment_sum((k[:, mine] @ damped[mine]) * k, size)
     diagonal = a.diagonal(dim1=1, dim2=2)
-    diagonal += 1e-5 * diagonal.mean(1, keepdim=True) + 1e-12
-    solution, info = torch.linalg.solve_ex(a, b)
-    ratio = solution / grids.scale
+    diagonal += 1e-5 * diagonal.mean(1, keepdim=True)
+    step, info = torch.linalg.solve_ex(a, b)
+    ratio = 1 + step / grids.scale
     sane = (ratio > 0.4) & (ratio < 2.5) & (info == 0)[:, None]
-    scale = torch.where(sane, grid.round_scale(solution, grids.dtype), grids.scale)
+    scale = torch.where(sane, grid.round_scale(grids.scale + step, grids.dtype), grids.scale)
+    step = scale - grids.scale
+    gain = (step * (2 * b - (a @ step[..., None])[..., 0])).sum(1)
+    scale = torch.where((gain > 0)[:, None], scale, grids.scale)
     return Grid(scale, grids.zero, grids.bits, grids.dtype)
 
 

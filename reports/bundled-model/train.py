@@ -924,10 +924,10 @@ that holds together for a sentence or two. What it says is often false. Use it f
 All text was sampled from SmolLM2-135M-Instruct (Apache-2.0), from a copy of its weights in 4-bit form
 (Q4_1) that was turned back into bf16. No weight of that model is in this one. The prompts are made in the
 training script from templates, topics and names: stories, explanations, letters, dialogues, lists, recipes,
-instructions, news, poems, diaries, some code. About a seventh of the documents continue a short opening
-without a chat prompt. Sampling: temperature {f["temperature"]}, top-k {f["top_k"]}, min-p {f["min_p"]}.
-A document ends before its first repeated run of seven words. Documents that were still repetitive or very
-short were dropped, and so were blank lines inside documents.
+instructions, news, poems, diaries, some code. About a seventh of the prompts are short openings without a
+chat template, which the document keeps. Sampling: temperature {f["temperature"]}, top-k {f["top_k"]}, min-p
+{f["min_p"]}. A document ends before its first repeated run of seven words. Documents that were still
+repetitive or very short were dropped, and so were blank lines inside documents.
 {f["documents_kept"]:,} documents of {f["documents_written"]:,} stayed, {f["megabytes"]} MB in all.
 {f["train_documents"]:,} were for training ({f["train_tokens"]:,} tokens). `calib/text/calibration.txt` and
 `calib/text/heldout.txt` hold other documents of the same kind, with a blank line between them.
@@ -953,7 +953,9 @@ arithmetic:
 | 3-bit round-to-nearest, groups of 64 | {f["rtn3_g64_perplexity"]:.3f} | {f["rtn3_g64_rise"]:+.1%} |
 
 The two rounded rows change all linear layers of the decoder, {f["rounded_share_of_parameters"]:.0%} of the
-parameters.
+parameters. The scale is absmax / 3.5 or absmax / 7.5. With it the largest weight of a group lies half-way
+between two codes, so another machine can round it the other way, and the 3-bit row can move by about a
+percent.
 """
 
 
