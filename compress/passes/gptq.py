@@ -23,7 +23,7 @@ from typing import ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from compress import grid
+from compress import columns, grid
 from compress.errors import CompressError
 from compress.grid import Grid
 from compress.packed.uniform import UniformGrid, group_index
@@ -115,63 +115,72 @@ class GPTQ:
         importance = hessian.diagonal().clamp(min=1e-6 * float(damped.diagonal().mean()))
         grids = grid.fit(target, self.bits, size, self.symmetric, scale_dtype, self.scale_search, importance)
         groups = group_index(target.shape[1], size, target.device)
-        fresh = size != -1 and self.act_order != "static"
-        k, grids = self._sweep(target, factor, grids, groups, visit, importance if fresh else None)
+        if size != -1 and self.act_order != "static":
+            k, grids = self._sweep_fresh(target, factor, grids, groups.tolist(), importance)
+        else:
+            k = self._sweep(target, factor, grids, groups, visit)
         k, grids = self._polish(k, target, damped, grids, size, groups, visit)
         k, worse = keep_better_rows(k, target, hessian, grids, groups)
         if worse:
             notes.append(f"{worse} of {len(target)} rows kept their round-to-nearest codes: their loss was lower")
-        ordered = back if self.act_order == "groups" else None
-        return self._solved(k, grids, groups, target, hessian, ordered, tuple(notes))
+        return self._solved(
+            k, grids, groups, target, hessian, back if self.act_order == "groups" else None, tuple(notes)
+        )
 
-    def _sweep(
-        self, target: Tensor, factor: Tensor, grids: Grid, groups: Tensor, visit: Tensor, fresh: Tensor | None
+    def _sweep(self, target: Tensor, factor: Tensor, grids: Grid, groups: Tensor, visit: Tensor) -> Tensor:
+        """GPTQ's loop with grids that were fitted before it."""
+        scale, zero = self._by_column(grids, groups[visit])
+        w = target[:, visit].t().contiguous()
+        return unvisit(columns.sweep(w, factor, scale, zero, self.bits, grids.dtype, self.block_size), visit)
+
+    def _by_column(self, grids: Grid, groups: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Scale and zero of each weight as [in, out], columns in the order of `groups`."""
+        zero = None if self.symmetric else grids.zero[:, groups].t().contiguous()
+        return grids.scale[:, groups].t().contiguous(), zero
+
+    def _sweep_fresh(
+        self, target: Tensor, factor: Tensor, grids: Grid, groups: list[int], importance: Tensor
     ) -> tuple[Tensor, Grid]:
-        """GPTQ's loop (Algorithm 1). `fresh` (importance) asks for scales from the updated weights of each group."""
-        w = target[:, visit].t().contiguous()  # [in, out]: a column of the matrix is contiguous
+        """GPTQ's loop where each group's grid is fitted, at its first column, to weights that carry every update."""
+        w = target.t().contiguous()  # [in, out]
         k = torch.empty_like(w)
         scale, zero = grids.scale.clone(), grids.zero.clone()
-        group_of = groups[visit].tolist()
-        top = 2**self.bits - 1
-        for start, stop in blocks(len(w), self.block_size, group_of if fresh is not None else None):
-            inner = w[start:stop]
-            u = factor[start:stop, start:stop]
-            error = torch.empty_like(inner)
-            for i in range(stop - start):
-                g = group_of[start + i]
-                if fresh is not None and (start + i == 0 or group_of[start + i - 1] != g):
-                    last = start + i + sum(1 for x in group_of[start + i :] if x == g)
+        for start, stop in blocks(len(w), self.block_size, groups):
+            error = torch.empty_like(w[start:stop])
+            for first, last in runs(groups, start, stop):
+                g = groups[first]
+                if first == 0 or groups[first - 1] != g:
+                    end = first + groups[first:].count(g)
                     now = grid.fit(
-                        w[start + i : last].t().contiguous(),
-                        self.bits,
-                        -1,
-                        self.symmetric,
-                        grids.dtype,
-                        self.scale_search,
-                        fresh[start + i : last],
-                    )
+                        w[first:end].t().contiguous(), self.bits, -1, self.symmetric, grids.dtype, self.scale_search,
+                        importance[first:end],
+                    )  # fmt: skip
                     scale[:, g], zero[:, g] = now.scale[:, 0], now.zero[:, 0]
                 s, z = scale[:, g], zero[:, g]
-                level = grid.nearest(inner[i], s, -z, top - z)
-                k[start + i] = level
-                error[i] = (inner[i] - grid.value(level, s, grids.dtype)) / u[i, i]
-                if i + 1 < stop - start:
-                    inner[i + 1 :].addr_(u[i, i + 1 :], error[i], alpha=-1)
+                low, high = -z, 2**self.bits - 1 - z
+                for i in range(first, last):
+                    k[i] = grid.nearest(w[i], s, low, high)
+                    error[i - start] = (w[i] - grid.value(k[i], s, grids.dtype)) / factor[i, i]
+                    if i + 1 < stop:
+                        w[i + 1 : stop].addr_(factor[i, i + 1 : stop], error[i - start], alpha=-1)
             if stop < len(w):
                 w[stop:].addmm_(factor[start:stop, stop:].t(), error, alpha=-1)
-        natural = torch.empty_like(k)
-        natural[visit] = k
-        return natural.t().contiguous(), Grid(scale, zero, self.bits, grids.dtype)
+        return k.t().contiguous(), Grid(scale, zero, self.bits, grids.dtype)
 
     def _polish(
         self, k: Tensor, target: Tensor, damped: Tensor, grids: Grid, size: int, groups: Tensor, visit: Tensor
     ) -> tuple[Tensor, Grid]:
         """Alternate the refit of the scales and sweeps over the codes."""
-        for sweep in range(max(self.descent, 1)):
+        ordered = damped[visit][:, visit]
+        wanted = target[:, visit].t().contiguous()
+        for done in range(max(self.descent, 1)):
             if self.refit:
                 grids = refit_scales(k, target, damped, grids, size)
-            if sweep < self.descent:
-                k = descend(k, target, damped, grids, groups, visit)
+            if done < self.descent:
+                scale, zero = self._by_column(grids, groups[visit])
+                levels = k[:, visit].t().contiguous()
+                levels = columns.descend(levels, wanted, ordered, scale, zero, self.bits, grids.dtype, self.block_size)
+                k = unvisit(levels, visit)
         return k, grids
 
     def _solved(
@@ -234,21 +243,37 @@ def factorise(hessian: Tensor, dead: Tensor, damp_percent: float) -> tuple[Tenso
         percent = raised
 
 
-def blocks(columns: int, block_size: int, group_of: list[int] | None) -> Iterator[tuple[int, int]]:
+def blocks(count: int, block_size: int, group_of: list[int]) -> Iterator[tuple[int, int]]:
     """Column blocks of about `block_size` that never begin a group in their middle unless they hold it whole.
 
     A group's scales are fitted when its first column is reached, from weights that must carry every update by then;
     with blocks cut like this they do, so the block size changes no result.
     """
     start = 0
-    while start < columns:
-        stop = min(start + block_size, columns)
-        if group_of is not None and stop < columns and group_of[stop - 1] == group_of[stop]:
+    while start < count:
+        stop = min(start + block_size, count)
+        if stop < count and group_of[stop - 1] == group_of[stop]:
             first = group_of.index(group_of[stop - 1])
             if first > start:
                 stop = first
         yield start, stop
         start = stop
+
+
+def runs(groups: list[int], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Stretches [first, last) of one group within the columns start..stop-1."""
+    first = start
+    for i in range(start + 1, stop + 1):
+        if i == stop or groups[i] != groups[first]:
+            yield first, i
+            first = i
+
+
+def unvisit(levels: Tensor, visit: Tensor) -> Tensor:
+    """[in, out] in visiting order -> [out, in] in natural order."""
+    natural = torch.empty_like(levels)
+    natural[visit] = levels
+    return natural.t().contiguous()
 
 
 def segment_sum(x: Tensor, size: int) -> Tensor:
@@ -286,24 +311,6 @@ def refit_scales(k: Tensor, target: Tensor, damped: Tensor, grids: Grid, size: i
     gain = (step * (2 * b - (a @ step[..., None])[..., 0])).sum(1)
     scale = torch.where((gain > 0)[:, None], scale, grids.scale)
     return Grid(scale, grids.zero, grids.bits, grids.dtype)
-
-
-def descend(k: Tensor, target: Tensor, damped: Tensor, grids: Grid, groups: Tensor, visit: Tensor) -> Tensor:
-    """One sweep of coordinate descent: each level in turn takes its best value, all others fixed."""
-    k = k.t().contiguous()  # [in, out]
-    scale = grids.scale[:, groups].t().contiguous()
-    low, high = grids.low.t().contiguous(), grids.high.t().contiguous()
-    now = grid.value(k, scale, grids.dtype)
-    gradient = damped @ (target.t() - now)  # [in, out]
-    curvature = damped.diagonal().tolist()
-    group_of = groups.tolist()
-    for j in visit.tolist():
-        g = group_of[j]
-        level = grid.nearest(now[j] + gradient[j] / curvature[j], scale[j], low[g], high[g])
-        moved = grid.value(level, scale[j], grids.dtype)
-        gradient.addr_(damped[j], moved - now[j], alpha=-1)
-        k[j], now[j] = level, moved
-    return k.t().contiguous()
 
 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:

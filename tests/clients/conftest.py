@@ -1,0 +1,96 @@
+"""What the tests against real clients share: our checkpoints, their dense twins, other environments, the table."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+import compress
+from compress.checkpoint import Checkpoint, write_json
+from compress.weights import Weights
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENTS = Path(os.environ.get("COMPRESS_CLIENTS", HERE.parent.parent / ".clients")).resolve()
+
+
+@pytest.fixture(scope="session")
+def compressed(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Callable[..., Path]:
+    """compressed(source, method, **options): an output folder of ours, calibrated on 8 rows of 64 tokens."""
+
+    def run(source: Path, method: Any, **options: Any) -> Path:
+        out = tmp_path_factory.mktemp("out") / "packed"
+        compress.run(source, method, out, calib=str(text_file), samples=8, seq_len=64, no_eval=True, **options)
+        return out
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def dense_twin() -> Callable[..., Path]:
+    """dense_twin(packed, dtype): a plain checkpoint that holds our own dequantised weights, beside the packed one."""
+
+    def write(packed: Path, dtype: torch.dtype, conv1d: bool = False) -> Path:
+        weights = Weights(Checkpoint.open(packed))
+        out = packed.with_name(f"dense-{str(dtype).removeprefix('torch.')}")
+        out.mkdir()
+        tensors = {}
+        for name in weights.shapes():
+            value = weights.read(name)
+            if conv1d and name.removesuffix(".weight") in weights.packed:
+                value = value.t()  # GPT-2 keeps [in, out]
+            tensors[name] = value.to(dtype).contiguous()
+        save_file(tensors, out / "model.safetensors", {"format": "pt"})
+        config = {k: v for k, v in weights.checkpoint.config.items() if k != "quantization_config"}
+        write_json(out / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+        for file in packed.glob("tokenizer*"):
+            shutil.copyfile(file, out / file.name)
+        return out
+
+    return write
+
+
+@pytest.fixture
+def client(tmp_path: Path) -> Callable[..., None]:
+    """client(environment, script, *arguments): run a script of this folder in a client's own environment."""
+
+    def run(environment: str, script: str, *arguments: object, **variables: str) -> None:
+        python = ENVIRONMENTS / environment / "bin" / "python"
+        if not (ENVIRONMENTS / environment / ".complete").exists():
+            pytest.skip(f"no environment {environment}: run `make clients`")
+        command = [str(python), str(HERE / script), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+        if done.returncode:
+            pytest.fail(f"{environment}: {done.stderr[-3000:]}", pytrace=False)
+
+    return run
+
+
+@pytest.fixture
+def answer(record_property: Callable[[str, object], None]) -> Callable[..., tuple[float, float]]:
+    """answer(client, checkpoint, ours, theirs): max |difference| and the share of equal best tokens, for the table."""
+
+    def note(client: str, checkpoint: str, ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+        far = float((ours.float() - theirs.float()).abs().max())
+        same = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
+        record_property("answer", f"| {client} | {checkpoint} | {far:.2g} | {same:.1%} |")
+        return far, same
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    rows = [v for r in terminalreporter.getreports("passed") for k, v in r.user_properties if k == "answer"]
+    if rows:
+        terminalreporter.section("what the clients answered")
+        terminalreporter.write_line("| client | checkpoint | max abs. difference | top-1 |\n|---|---|---|---|")
+        for row in rows:
+            terminalreporter.write_line(row)
