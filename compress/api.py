@@ -83,6 +83,7 @@ def make_job(model: str, method: Pass, options: Options, progress: Progress | No
         true_sequential=options.true_sequential,
         include=options.include,
         exclude=options.exclude,
+        lm_head=options.lm_head,
         seed=options.seed,
         origin=name if Path(model).exists() else model,
         overwrite=options.overwrite,

@@ -43,7 +43,7 @@ def pack(codes: Tensor, bits: int) -> Tensor:
             gathered |= padded[..., k].to(torch.int64) << (k * bits)
         packed = gathered.unsqueeze(-1).view(torch.uint8)[..., :bits].flatten(-2)
         packed = F.pad(packed, (0, max(0, words(n, bits) * 4 - packed.shape[-1])))[..., : words(n, bits) * 4]
-    return packed.contiguous().view(torch.int32)
+    return _plain(packed).view(torch.int32)
 
 
 def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
@@ -54,7 +54,7 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """
     if packed.shape[-1] != words(count, bits):
         raise ValueError(f"{packed.shape[-1]} words cannot hold {count} elements of {bits} bits")
-    raw = packed.contiguous().view(torch.uint8)
+    raw = _plain(packed).view(torch.uint8)
     mask = (1 << bits) - 1
     if 8 % bits == 0:
         parts = [(raw >> (k * bits)) & mask for k in range(8 // bits)]
@@ -64,3 +64,8 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     wide = F.pad(raw.reshape(*raw.shape[:-1], eights, bits), (0, 8 - bits)).contiguous().view(torch.int64)
     parts = [((wide >> (k * bits)) & mask).to(torch.uint8) for k in range(8)]
     return torch.cat(parts, dim=-1).flatten(-2)[..., :count].contiguous()
+
+
+def _plain(x: Tensor) -> Tensor:
+    """A copy with plain strides: `contiguous` keeps odd ones on dimensions of size 1, and then `view` refuses."""
+    return x.clone(memory_format=torch.contiguous_format)

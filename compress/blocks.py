@@ -39,6 +39,7 @@ class Linear:
         expert: index into a fused [experts, out, in] parameter, or None.
         first_row: where its rows begin in that parameter's out dimension.
         own_forward: its module computes in its own way (Falcon), so readers cannot keep it packed.
+        head: it is the output head, behind the last block.
     """
 
     name: str
@@ -48,10 +49,11 @@ class Linear:
     expert: int | None = None
     first_row: int = 0
     own_forward: bool = False
+    head: bool = False
 
     @property
     def layer_shape(self) -> LayerShape:
-        return LayerShape(self.name, *self.shape, self.transposed, self.expert is not None)
+        return LayerShape(self.name, *self.shape, self.transposed, self.expert is not None, self.head)
 
 
 @dataclass(frozen=True)
@@ -109,6 +111,25 @@ class BlockModel:
         """Width of the hidden states."""
         return int(self.model.config.get_text_config().hidden_size)
 
+    def head(self) -> Linear | None:
+        """The output head, None when it is tied to the embeddings or not on disk."""
+        module = self.model.get_output_embeddings()
+        name = next((n for n, m in self.model.named_modules() if m is module), None)
+        if name is None or f"{name}.weight" not in self._parts:
+            return None
+        if module.weight is self.model.get_input_embeddings().weight:
+            return None
+        disk = self._parts[f"{name}.weight"][0].name.removesuffix(".weight")
+        rows, columns = module.weight.shape
+        return Linear(disk, f"{name}.weight", (rows, columns), head=True)
+
+    def uncovered(self, block: int) -> list[tuple[str, int]]:
+        """Matrices of a block that are not linear layers: (parameter, weights), routers and convolutions among them."""
+        mine = {linear.param for linear in self.linears(block)}
+        inside = self._params(self.block_names[block])
+        found = [(p, self.model.get_parameter(p)) for p in inside if p not in mine]
+        return [(p, value.numel()) for p, value in found if value.dim() >= 2]
+
     def linears(self, block: int) -> list[Linear]:
         """The weight matrices of a block: nn.Linear, Conv1D, and each expert of fused 3-D tensors."""
         from transformers.pytorch_utils import Conv1D
@@ -149,14 +170,19 @@ class BlockModel:
     # -- loading and freeing ------------------------------------------------------------------------------------
 
     def load(self, block: int) -> nn.Module:
-        """Make a block's parameters real on the device, in the compute dtype."""
+        """Make a block's parameters real on the device, in the compute dtype. The block behind the last is the head."""
+        if block == len(self._blocks):
+            self.prepare()
+            return self.model  # type: ignore[no-any-return]
         for param in self._params(self.block_names[block]):
             self._fill(param)
         loaded: nn.Module = self._blocks[block].to(self.device)
         return loaded
 
     def free(self, block: int) -> None:
-        """Send a block's parameters back to the meta device."""
+        """Send a block's parameters back to the meta device (the head stays)."""
+        if block == len(self._blocks):
+            return
         for param in self._params(self.block_names[block]):
             _set(self.model, param, torch.empty_like(self.model.get_parameter(param), device="meta"))
 
@@ -252,7 +278,13 @@ class BlockModel:
 
     @torch.no_grad()
     def run(self, block: int, hidden: Tensor, shape: tuple[int, int]) -> Tensor:
-        """One loaded block on hidden states [rows, seq, hidden] of a token batch of `shape` seen by `embed`."""
+        """One loaded block on hidden states [rows, seq, hidden] of a token batch of `shape` seen by `embed`.
+
+        The block behind the last is the head: it is run for those who watch its input, and returns `hidden`.
+        """
+        if block == len(self._blocks):
+            self.logits(hidden, torch.zeros(shape, dtype=torch.int64))
+            return hidden
         call = self._calls[shape][block]
         if call.keyword:
             out = self._blocks[block](*call.args, hidden_states=hidden, **call.kwargs)

@@ -1,46 +1,26 @@
-"""Hidden states between two blocks, batch by batch: on the device while they fit, else in host memory, else on disk."""
+"""The hidden states of all token rows between two blocks, batch by batch: on the device while they fit, else in host
+memory, else on disk. Calibration and evaluation both flow through here."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import psutil
 import torch
 from torch import Tensor
 
 from compress.checkpoint import tensor_bytes
+from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from compress.blocks import BlockModel
 
 Tier = Literal["device", "host", "disk"]
 
 _DEVICE_SHARE = 0.35  # of free device memory, the rest is for the block, its Hessians and one batch
 _HOST_SHARE = 0.5
-
-
-@dataclass(frozen=True)
-class Batches:
-    """Rows of tokens cut into batches of equal size (the last may be smaller).
-
-    Attributes:
-        tokens: int64 [rows, seq].
-        size: rows a batch.
-    """
-
-    tokens: Tensor
-    size: int
-
-    def __len__(self) -> int:
-        return -(-len(self.tokens) // self.size)
-
-    def __getitem__(self, i: int) -> Tensor:
-        if not 0 <= i < len(self):
-            raise IndexError(i)
-        return self.tokens[i * self.size : (i + 1) * self.size]
-
-    def shape(self, i: int) -> tuple[int, int]:
-        """(rows, seq) of batch i."""
-        return len(self[i]), self.tokens.shape[1]
 
 
 class HiddenStates:
@@ -109,6 +89,62 @@ def choose_tier(nbytes: int, device: torch.device) -> Tier:
     if nbytes < _HOST_SHARE * psutil.virtual_memory().available:
         return "host"
     return "disk"
+
+
+class Activations:
+    """Token rows on their way through the model: what enters the next block, for every batch.
+
+    Args:
+        model: the streamed model.
+        tokens: int64 [rows, seq].
+        size: rows a batch.
+        spill: file for what fits in no memory.
+    """
+
+    def __init__(self, model: BlockModel, tokens: Tensor, size: int, spill: Path) -> None:
+        self.tokens = tokens
+        self.size = size
+        self._model = model
+        nbytes = tokens.numel() * model.hidden_size * model.dtype.itemsize
+        self._states = HiddenStates(nbytes, model.device, spill)
+
+    def __len__(self) -> int:
+        return -(-len(self.tokens) // self.size)
+
+    def batch(self, i: int) -> Tensor:
+        """int64 [rows, seq]: the tokens of batch i."""
+        return self.tokens[i * self.size : (i + 1) * self.size]
+
+    def states(self, i: int) -> Tensor:
+        """[rows, seq, hidden]: the hidden states of batch i, on the device."""
+        return self._states.get(i)
+
+    def enter(self) -> None:
+        """Embed every batch: the hidden states that enter block 0."""
+        for i in range(len(self)):
+            self._states.put(i, self._model.embed(self.batch(i)))
+
+    def through(self, block: int) -> Iterator[tuple[int, Tensor]]:
+        """What a loaded block makes of each batch, without keeping it."""
+        for i in range(len(self)):
+            tokens = self.batch(i)
+            yield i, self._model.run(block, self.states(i), (len(tokens), tokens.shape[1]))
+
+    def advance(self, block: int) -> None:
+        """Replace the hidden states by what a loaded block makes of them.
+
+        Raises:
+            CompressError: the block's output is NaN or infinite.
+        """
+        for i, out in self.through(block):
+            if not bool(torch.isfinite(out).all()):
+                name = self._model.block_names[block]
+                raise CompressError("its output holds NaN or infinity", name, "try --dtype float32")
+            self._states.put(i, out)
+
+    def close(self) -> None:
+        """Free the memory, remove the spill file."""
+        self._states.close()
 
 
 def batch_rows(rows: int, seq: int, hidden: int, widest: int, device: torch.device) -> int:

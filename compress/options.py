@@ -31,6 +31,7 @@ class Options:
     no_eval: bool = _option(False, "do not evaluate")
     include: tuple[str, ...] = _option((), "only layers whose name matches this pattern (repeatable)")
     exclude: tuple[str, ...] = _option((), "leave layers whose name matches this pattern (repeatable)")
+    lm_head: bool = _option(False, "compress the output head too (not where it is tied to the embeddings)")
     true_sequential: bool = _option(
         False, "collect each layer's statistics after the layers before it in the block were compressed"
     )

@@ -22,8 +22,8 @@ from compress.calibration import EvalText, Rows
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.evaluate.perplexity import Score, evaluate
-from compress.formats import of_config
-from compress.hidden import Batches, HiddenStates, batch_rows
+from compress.formats import FORMATS, of_config
+from compress.hidden import Activations, batch_rows
 from compress.journal import Journal
 from compress.output import assemble
 from compress.plan import Plan
@@ -46,6 +46,7 @@ class Job:
         device, dtype: where and in what precision blocks run; dtype None for the checkpoint's own.
         true_sequential: collect each layer's statistics after the layers before it in the block are compressed.
         include, exclude: patterns on layer names.
+        lm_head: compress the output head too.
         seed: recorded; the rows were drawn with it.
         origin: what the user called the model (a hub id), for the records.
     """
@@ -61,6 +62,7 @@ class Job:
     true_sequential: bool = False
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    lm_head: bool = False
     seed: int = 0
     origin: str = ""
     overwrite: bool = False
@@ -165,51 +167,42 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
     clock = Clock(device=job.device)
     with clock("load"):
         weights, model = open_model(job)
-    from compress.formats import FORMATS
-
-    plan = planning.make_plan(model, job.method, FORMATS[job.format], job.include, job.exclude)
+    plan = planning.make_plan(model, job.method, FORMATS[job.format], job.include, job.exclude, job.lm_head)
     planning.check_room(job.out, 2 * plan.bytes_after)
-    calibrated = Needs.HESSIAN in plan.method.needs
-    if calibrated and job.rows is None:
+    if Needs.HESSIAN in plan.method.needs and job.rows is None:
         raise CompressError(
             f"{plan.method.name} needs calibration data", "--calib", "pass --calib bundled or a text file"
         )
 
     with Journal(job.out, job.overwrite) as journal:
         earlier = {} if job.fresh else journal.earlier()
-        batches = make_batches(model, plan, job, earlier.get("batch_rows")) if calibrated else None
+        flow = start_flow(model, plan, job, journal.folder / "hidden.bin", earlier.get("batch_rows"))
         with clock("hash"):
             sources = weights.checkpoint.fingerprint()
-        done = journal.start(fingerprint(job, plan, sources, model.dtype, batches), job.fresh)
-        hidden = None
-        if batches is not None:
-            nbytes = batches.tokens.numel() * model.hidden_size * model.dtype.itemsize
-            hidden = HiddenStates(nbytes, job.device, journal.folder / "hidden.bin")
+        done = journal.start(fingerprint(job, plan, sources, model.dtype, flow), job.fresh)
+        if flow is not None:
             with clock("forward"):
-                for i in range(len(batches)):
-                    hidden.put(i, model.embed(batches[i]))
+                flow.enter()
         layers = 0
         for block, linears in enumerate(plan.blocks):
             last = block + 1 == len(plan.blocks)
-            if block < done and (hidden is None or last):
-                layers += len(linears)
-                continue
-            with clock("load"):
-                model.load(block)
-            if block < done:
-                restore(model, journal, plan, block)
-            else:
-                tensors, records = compress_block(model, plan, block, batches, hidden, job.true_sequential, clock)
-                with clock("write"):
-                    journal.add(block, tensors, records)
-            if hidden is not None and batches is not None and not last:
-                with clock("forward"):
-                    advance(model, block, batches, hidden)
-            model.free(block)
+            if block >= done or (flow is not None and not last):
+                with clock("load"):
+                    model.load(block)
+                if block < done:
+                    restore(model, journal, plan, block)
+                else:
+                    tensors, records = compress_block(model, plan, block, flow, job.true_sequential, clock)
+                    with clock("write"):
+                        journal.add(block, tensors, records)
+                if flow is not None and not last:
+                    with clock("forward"):
+                        flow.advance(block)
+                model.free(block)
             layers += len(linears)
             progress(Status("compress", block + 1, len(plan.blocks), layers, plan.layers))
-        if hidden is not None:
-            hidden.close()
+        if flow is not None:
+            flow.close()
         records = [r for block in range(len(plan.blocks)) for r in journal.records(block)]
         with clock("write"):
             assemble(job, plan, weights.checkpoint, journal, records, sources)
@@ -236,24 +229,21 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
     return result
 
 
-def make_batches(model: BlockModel, plan: Plan, job: Job, rows_before: int | None) -> Batches | None:
-    """Calibration rows in batches sized to the free memory; a run that goes on keeps the size it began with."""
-    if job.rows is None:
+def start_flow(model: BlockModel, plan: Plan, job: Job, spill: Path, rows_before: int | None) -> Activations | None:
+    """The calibration rows as activations, None for a pass that needs none.
+
+    Batches are sized to the free memory; a run that goes on keeps the size it began with, and so its sums.
+    """
+    if job.rows is None or Needs.HESSIAN not in plan.method.needs:
         return None
     tokens = job.rows.tokens
     widest = max(linear.shape[0] for block in plan.blocks for linear in block)
     size = rows_before or batch_rows(len(tokens), tokens.shape[1], model.hidden_size, widest, job.device)
-    return Batches(tokens, size)
+    return Activations(model, tokens, size, spill)
 
 
 def compress_block(
-    model: BlockModel,
-    plan: Plan,
-    block: int,
-    batches: Batches | None,
-    hidden: HiddenStates | None,
-    true_sequential: bool,
-    clock: Clock,
+    model: BlockModel, plan: Plan, block: int, flow: Activations | None, true_sequential: bool, clock: Clock
 ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
     """Compress every chosen layer of a loaded block, in place.
 
@@ -261,21 +251,19 @@ def compress_block(
         the tensors to store, by full name, and a record for each layer.
     """
     linears = plan.blocks[block]
-    if batches is None or hidden is None:
+    if flow is None or not linears:
         inputs = [stats.Inputs([linear], LayerStats(0)) for linear in linears]
     else:
         with clock("hessian"):
-            inputs = stats.collect(model, block, linears, batches, hidden) if linears else []
+            inputs = stats.collect(model, block, linears, flow)
     tensors: dict[str, Tensor] = {}
     records: list[dict[str, Any]] = []
-    stage = inputs[0].stage if inputs else ""
     for position in range(len(inputs)):
         group = inputs[position]
-        if true_sequential and batches is not None and hidden is not None and group.stage != stage:
-            stage = group.stage
-            with clock("hessian"):
-                rest = [linear for g in inputs[position:] for linear in g.linears]
-                inputs[position:] = stats.collect(model, block, rest, batches, hidden)
+        if flow is not None and true_sequential and position and group.stage != inputs[position - 1].stage:
+            with clock("hessian"):  # the layers before this one are compressed now
+                rest = [linear for later in inputs[position:] for linear in later.linears]
+                inputs[position:] = stats.collect(model, block, rest, flow)
             group = inputs[position]
         with clock("solve"):
             weight = torch.cat([model.weight(linear).float() for linear in group.linears])
@@ -342,17 +330,8 @@ def restore(model: BlockModel, journal: Journal, plan: Plan, block: int) -> None
         model.set_weight(linear, plan.format.unpack(linear.name, parts, config).dequantize())
 
 
-def advance(model: BlockModel, block: int, batches: Batches, hidden: HiddenStates) -> None:
-    """Replace the hidden states by what the (compressed) block makes of them."""
-    for i in range(len(batches)):
-        out = model.run(block, hidden.get(i), batches.shape(i))
-        if not bool(torch.isfinite(out).all()):
-            raise CompressError("its output holds NaN or infinity", model.block_names[block], "try --dtype float32")
-        hidden.put(i, out)
-
-
 def fingerprint(
-    job: Job, plan: Plan, sources: dict[str, str], dtype: torch.dtype, batches: Batches | None
+    job: Job, plan: Plan, sources: dict[str, str], dtype: torch.dtype, flow: Activations | None
 ) -> dict[str, Any]:
     """Everything the result depends on; a stopped run goes on only under the same one."""
     import transformers
@@ -365,10 +344,10 @@ def fingerprint(
         "method": {"name": plan.method.name, **settings(plan.method)},
         "format": plan.format.name,
         "calibration": None if job.rows is None else {"source": job.rows.source, "sha256": job.rows.sha256},
-        "layers": {"include": list(job.include), "exclude": list(job.exclude)},
+        "layers": {"include": list(job.include), "exclude": list(job.exclude), "lm_head": job.lm_head},
         "true_sequential": job.true_sequential,
         "seed": job.seed,
-        "batch_rows": None if batches is None else batches.size,
+        "batch_rows": None if flow is None else flow.size,
         "device": device,
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {"compress": __version__, "torch": torch.__version__, "transformers": transformers.__version__},

@@ -19,11 +19,18 @@ from compress.types import Needs, Pass, Storage
 
 @dataclass(frozen=True)
 class Skipped:
-    """A weight matrix that stays as it is, and why."""
+    """A weight matrix that stays as it is, and why.
+
+    Attributes:
+        name: on disk, or the model's parameter.
+        weights: how many.
+        module: the model's linear module, None where there is none.
+    """
 
     name: str
     weights: int
     reason: str
+    module: str | None = None
 
 
 @dataclass(frozen=True)
@@ -63,15 +70,22 @@ class Plan:
 
 
 def make_plan(
-    model: BlockModel, method: Pass, format: Format, include: Sequence[str] = (), exclude: Sequence[str] = ()
+    model: BlockModel,
+    method: Pass,
+    format: Format,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    lm_head: bool = False,
 ) -> Plan:
     """Choose layers, settle the pass, ask the format about each layer, add up sizes.
 
     Args:
         include, exclude: shell patterns on disk names of layers ("*.mlp.*"); include defaults to all.
+        lm_head: compress the output head too, as one more block behind the last.
 
     Raises:
-        CompressError: a pattern that matches nothing, nothing left to compress, a layer the format cannot hold.
+        CompressError: a pattern that matches nothing, nothing left to compress, a layer the format cannot hold, a head
+            that is tied to the embeddings, an architecture most of whose weights are not in linear layers.
     """
     everything = [model.linears(i) for i in range(len(model.block_names))]
     names = [linear.name for block in everything for linear in block]
@@ -83,19 +97,24 @@ def make_plan(
     chosen: list[list[Linear]] = []
     skipped: list[Skipped] = []
     for block in everything:
-        mine = []
-        for linear in block:
-            reason = _reason(linear, include, exclude)
-            if reason is None:
-                mine.append(linear)
-            else:
-                skipped.append(Skipped(linear.name, linear.shape[0] * linear.shape[1], reason))
-        chosen.append(mine)
+        reasons = {linear: _reason(linear, include, exclude) for linear in block}
+        chosen.append([linear for linear, reason in reasons.items() if reason is None])
+        skipped += [
+            Skipped(x.name, x.shape[0] * x.shape[1], reason, x.param.removesuffix(".weight"))
+            for x, reason in reasons.items()
+            if reason is not None
+        ]
     if not any(chosen):
         raise CompressError("no layer is left to compress", "--include/--exclude", "widen the patterns")
+    skipped += _uncovered(model, everything)
+    head = _head(model) if lm_head else None
+    if head is not None:
+        chosen.append([head])
     weights = model.weights
     for name in model.dense_linears():
-        skipped.append(Skipped(name, model.model.get_submodule(name).weight.numel(), "outside the decoder blocks"))
+        if head is None or head.param != name + ".weight":
+            weight = model.model.get_submodule(name).weight
+            skipped.append(Skipped(name, weight.numel(), "outside the decoder blocks", name))
     method = method.settle(sorted({linear.shape[1] for block in chosen for linear in block}))
     first = next(linear for block in chosen for linear in block)
     stored = weights.dtype(first.name + ".weight")
@@ -120,6 +139,30 @@ def make_plan(
         8.0 * packed / count,
         _device_estimate(model, chosen, method),
     )
+
+
+def _head(model: BlockModel) -> Linear:
+    found = model.head()
+    if found is None:
+        raise CompressError(
+            "the output head is tied to the embeddings", "--lm-head", "leave it out: the head stays dense"
+        )
+    return found
+
+
+def _uncovered(model: BlockModel, everything: list[list[Linear]]) -> list[Skipped]:
+    """Matrices inside the blocks that no pass can reach. Raises CompressError when they are most of the weights."""
+    found = [(n, count) for i in range(len(model.block_names)) for n, count in model.uncovered(i)]
+    reached = sum(linear.shape[0] * linear.shape[1] for block in everything for linear in block)
+    missed = sum(count for _, count in found)
+    if missed > reached:
+        raise CompressError(
+            f"only {100 * reached / (reached + missed):.0f}% of the blocks' weights are in linear layers "
+            f"(largest other: {max(found, key=lambda f: f[1])[0]})",
+            str(model.weights.folder),
+            "this architecture is not supported",
+        )
+    return [Skipped(name, count, "not a linear layer") for name, count in found]
 
 
 def _reason(linear: Linear, include: Sequence[str], exclude: Sequence[str]) -> str | None:
@@ -161,7 +204,7 @@ def _device_estimate(model: BlockModel, chosen: list[list[Linear]], method: Pass
     shapes = model.weights.shapes_cache()
     for i, linears in enumerate(chosen):
         block = 0
-        for n in model.disk_tensors(i):
+        for n in model.disk_tensors(i) if i < len(model.block_names) else ():
             count = 1
             for d in shapes[n]:
                 count *= d

@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from compress.blocks import BlockModel, Linear
 from compress.errors import CompressError
-from compress.hidden import Batches, HiddenStates
+from compress.hidden import Activations
 from compress.types import LayerStats
 
 
@@ -67,9 +67,7 @@ def accumulate(total: Tensor, x: Tensor) -> None:
         total.addmm_(x.t(), x)
 
 
-def collect(
-    model: BlockModel, block: int, linears: Collection[Linear], batches: Batches, hidden: HiddenStates
-) -> list[Inputs]:
+def collect(model: BlockModel, block: int, linears: Collection[Linear], activations: Activations) -> list[Inputs]:
     """Run a loaded block over all batches and return the Hessians of the given layers' inputs.
 
     Raises:
@@ -77,8 +75,7 @@ def collect(
     """
     sums: dict[str, _Sum] = {}
     with _Watch(model, linears, sums) as watch:
-        for i in range(len(batches)):
-            model.run(block, hidden.get(i), batches.shape(i))
+        for _ in activations.through(block):
             watch.first = False
             for s in sums.values():
                 s.seen.clear()

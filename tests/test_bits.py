@@ -96,6 +96,21 @@ def test_strided_input(width: int) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+def test_dimensions_of_size_one(width: int) -> None:
+    """torch calls them contiguous whatever their stride, and then refuses to view them as another type."""
+    for count in range(1, 40):
+        codes = random_codes((count, 6), width, count)
+        for case in (codes[:, :1].t(), codes[:1, :1], codes[:1], codes[:, 2:3], codes[:1].t(), codes[None, :, :1]):
+            packed = bitpack.pack(case, width)
+            assert torch.equal(packed, bitpack.pack(case.clone(memory_format=torch.contiguous_format), width))
+            assert packed.stride(-1) == 1
+            spread = torch.stack([packed, packed], dim=-1)[..., 0]
+            turned = packed.transpose(-1, -2).contiguous().transpose(-1, -2)
+            for words in (packed, spread, turned):
+                assert torch.equal(bitpack.unpack(words, width, case.shape[-1]), case)
+
+
+@pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("off", [-1, 1])
 def test_wrong_word_count(width: int, off: int) -> None:
     words = bitpack.words(100, width) + off

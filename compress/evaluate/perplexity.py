@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from compress.blocks import BlockModel
 from compress.errors import CompressError
-from compress.hidden import Batches, HiddenStates, batch_rows
+from compress.hidden import Activations, batch_rows
 from compress.weights import Weights
 
 
@@ -65,7 +65,7 @@ def window_length(model: BlockModel, wanted: int = 2048) -> int:
 
 def final_states(
     model: BlockModel, rows: Tensor, spill: Path, step: Callable[[int, int], None] | None = None
-) -> tuple[Batches, HiddenStates]:
+) -> Activations:
     """Hidden states behind the last block for every row, one block in memory at a time.
 
     Args:
@@ -73,21 +73,17 @@ def final_states(
         spill: file for hidden states that fit in no memory.
         step: called with (blocks done, blocks in all).
     """
-    hidden_size = model.hidden_size
-    size = batch_rows(len(rows), rows.shape[1], hidden_size, 4 * hidden_size, model.device)
-    batches = Batches(rows, size)
-    states = HiddenStates(rows.numel() * hidden_size * model.dtype.itemsize, model.device, spill)
-    for i in range(len(batches)):
-        states.put(i, model.embed(batches[i]))
+    size = batch_rows(len(rows), rows.shape[1], model.hidden_size, 4 * model.hidden_size, model.device)
+    flow = Activations(model, rows, size, spill)
+    flow.enter()
     total = len(model.block_names)
     for block in range(total):
         model.load(block)
-        for i in range(len(batches)):
-            states.put(i, model.run(block, states.get(i), batches.shape(i)))
+        flow.advance(block)
         model.free(block)
         if step is not None:
             step(block + 1, total)
-    return batches, states
+    return flow
 
 
 @torch.no_grad()
@@ -115,26 +111,26 @@ def evaluate(
     with tempfile.TemporaryDirectory(prefix="compress-eval-") as scratch:
         model = BlockModel(weights, dtype, device, trust_remote_code)
         rows = cut_windows(tokens, window or window_length(model))
-        batches, states = final_states(
+        flow = final_states(
             model,
             rows,
             Path(scratch) / "a",
             lambda d, t: step(d, t * rounds),
         )
-        base = base_states = None
+        base = base_flow = None
         if original is not None:
             base = BlockModel(original, dtype, device, trust_remote_code)
-            _, base_states = final_states(
+            base_flow = final_states(
                 base,
                 rows,
                 Path(scratch) / "b",
                 lambda d, t: step(t + d, 2 * t),
             )
-        sums = _compare(model, batches, states, base, base_states)
-        states.close()
-        if base_states is None:
+        sums = _compare(model, flow, base, base_flow)
+        flow.close()
+        if base_flow is None:
             return _score(sums.nll, rows, None, None), None
-        base_states.close()
+        base_flow.close()
     return _score(sums.nll, rows, sums.kl, sums.same), _score(sums.base_nll, rows, None, None)
 
 
@@ -153,16 +149,14 @@ def _score(nll: float, rows: Tensor, kl: float | None, top1: float | None) -> Sc
     return Score(perplexity, len(rows), len(rows) * (rows.shape[1] - 1), rows.shape[1], kl, top1)
 
 
-def _compare(
-    model: BlockModel, batches: Batches, states: HiddenStates, base: BlockModel | None, base_states: HiddenStates | None
-) -> _Sums:
+def _compare(model: BlockModel, flow: Activations, base: BlockModel | None, base_flow: Activations | None) -> _Sums:
     """Likelihoods, and with a base model KL and agreement. One row of logits at a time."""
     sums = _Sums()
-    for i in range(len(batches)):
-        hidden, tokens = states.get(i), batches[i]
-        base_hidden = None if base_states is None else base_states.get(i)
+    for i in range(len(flow)):
+        hidden, tokens = flow.states(i), flow.batch(i).to(model.device)
+        base_hidden = None if base_flow is None else base_flow.states(i)
         for r in range(len(tokens)):
-            row = tokens[r : r + 1].to(model.device)
+            row = tokens[r : r + 1]
             log_q = F.log_softmax(model.logits(hidden[r : r + 1], row)[0], -1)
             sums.nll += _negative_log_likelihood(log_q, row[0])
             if base is not None and base_hidden is not None:
@@ -170,7 +164,7 @@ def _compare(
                 sums.base_nll += _negative_log_likelihood(log_p, row[0])
                 sums.same += float((log_p.argmax(-1) == log_q.argmax(-1)).sum())
                 sums.kl += float((log_p.exp() * (log_p - log_q)).sum(-1).double().sum())
-    rows, seq = batches.tokens.shape
+    rows, seq = flow.tokens.shape
     predictions, positions = rows * (seq - 1), rows * seq
     return _Sums(sums.nll / predictions, sums.base_nll / predictions, sums.kl / positions, sums.same / positions)
 

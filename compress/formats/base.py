@@ -21,6 +21,7 @@ class LayerShape:
         name: as on disk, without ".weight".
         transposed: the model keeps it as [in, out] (GPT-2's Conv1D).
         expert: it is a slice of a fused 3-D experts tensor.
+        head: it is the output head.
     """
 
     name: str
@@ -28,6 +29,7 @@ class LayerShape:
     in_features: int
     transposed: bool = False
     expert: bool = False
+    head: bool = False
 
 
 class Format(Protocol):

@@ -47,6 +47,8 @@ class GPTQFormat:
             return f"the GPTQ format cannot hold the kind {storage.kind!r}"
         if storage.bits not in _BITS:
             return f"the GPTQ format holds 2, 3, 4 and 8 bits, not {storage.bits}: use --format compressed-tensors"
+        if layer.head:
+            return "transformers fills no packed head from the GPTQ format: use --format compressed-tensors"
         if layer.expert:
             return "experts kept as one 3-D tensor are filled by no GPTQ reader: use --format compressed-tensors"
         if layer.in_features % 32 or layer.out_features % 32:

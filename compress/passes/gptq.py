@@ -142,7 +142,7 @@ class GPTQ:
         self, target: Tensor, factor: Tensor, grids: Grid, groups: list[int], importance: Tensor
     ) -> tuple[Tensor, Grid]:
         """GPTQ's loop where each group's grid is fitted, at its first column, to weights that carry every update."""
-        w = target.t().contiguous()  # [in, out]
+        w = target.t().clone(memory_format=torch.contiguous_format)  # [in, out]; never the caller's own memory
         k = torch.empty_like(w)
         scale, zero = grids.scale.clone(), grids.zero.clone()
         for start, stop in blocks(len(w), self.block_size, groups):

@@ -74,7 +74,7 @@ def dry_run(job: Job) -> dict[str, Any]:
     from compress.plan import make_plan
 
     _, model = open_model(job)
-    plan = make_plan(model, job.method, FORMATS[job.format], job.include, job.exclude)
+    plan = make_plan(model, job.method, FORMATS[job.format], job.include, job.exclude, job.lm_head)
     return {
         "source": job.origin,
         "method": {"name": plan.method.name, **settings(plan.method)},

@@ -58,20 +58,24 @@ def dense_twin() -> Callable[..., Path]:
     return write
 
 
-@pytest.fixture
-def client(tmp_path: Path) -> Callable[..., None]:
-    """client(environment, script, *arguments): run a script of this folder in a client's own environment."""
+@pytest.fixture(scope="session")
+def client() -> Callable[[str], Callable[..., None]]:
+    """client(environment)(script, *arguments): run a script of this folder in a client's own environment."""
 
-    def run(environment: str, script: str, *arguments: object, **variables: str) -> None:
-        python = ENVIRONMENTS / environment / "bin" / "python"
-        if not (ENVIRONMENTS / environment / ".complete").exists():
+    def find(environment: str) -> Callable[..., None]:
+        folder = ENVIRONMENTS / environment
+        if not (folder / "complete").exists():
             pytest.skip(f"no environment {environment}: run `make clients`")
-        command = [str(python), str(HERE / script), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
-        if done.returncode:
-            pytest.fail(f"{environment}: {done.stderr[-3000:]}", pytrace=False)
 
-    return run
+        def run(script: str, *arguments: object, **variables: str) -> None:
+            command = [str(folder / "bin" / "python"), str(HERE / script), *map(str, arguments)]
+            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+            if done.returncode:
+                pytest.fail(f"{environment}: {done.stderr[-3000:]}", pytrace=False)
+
+        return run
+
+    return find
 
 
 @pytest.fixture
