@@ -13,17 +13,17 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "run": "compress.api",
-    "evaluate": "compress.api",
+    "score": "compress.api",
     "Options": "compress.options",
     "GPTQ": "compress.passes.gptq",
     "RTN": "compress.passes.rtn",
     "CompressError": "compress.errors",
 }
 
-__all__ = ["GPTQ", "RTN", "CompressError", "Options", "__version__", "evaluate", "run"]
+__all__ = ["GPTQ", "RTN", "CompressError", "Options", "__version__", "run", "score"]
 
 if TYPE_CHECKING:
-    from compress.api import evaluate, run
+    from compress.api import run, score
     from compress.errors import CompressError
     from compress.options import Options
     from compress.passes.gptq import GPTQ

@@ -1,7 +1,8 @@
-"""compress.run and compress.evaluate: the Python side of the command line."""
+"""compress.run and compress.score: the Python side of the command line."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,14 +13,17 @@ import torch
 from torch import Tensor
 
 from compress.assets import folder
+from compress.blocks import load_config, quiet_transformers
 from compress.calibration import EvalText, Rows, calibration_rows, evaluation_tokens
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
-from compress.evaluate.perplexity import Score
-from compress.evaluate.perplexity import evaluate as score_checkpoint
+from compress.evaluate.perplexity import Score, cut_windows
+from compress.evaluate.perplexity import evaluate
 from compress.formats import FORMATS
+from compress.journal import check_output
 from compress.options import Options
 from compress.pipeline import Job, Progress, Result, Status, compress_checkpoint, default_dtype
+from compress.plan import check_room
 from compress.types import Needs, Pass
 
 BUNDLED = "bundled"
@@ -58,28 +62,36 @@ def make_job(model: str, method: Pass, options: Options, progress: Progress | No
     """
     if options.format not in FORMATS:
         raise CompressError(f"no format {options.format!r}", "--format", f"there are {', '.join(FORMATS)}")
+    if not 0 <= options.seed < 2**63:
+        raise CompressError(f"{options.seed} is out of range", "--seed", "use 0 to 2^63 - 1")
     source = find_model(model, options.allow_pickle)
-    device = find_device(options.device)
+    device, dtype = find_device(options.device), find_dtype(options.dtype)
+    name = BUNDLED if model == BUNDLED else Path(os.path.abspath(Path(model).expanduser())).name
+    out = options.out or Path(f"{name}-{method.name}-{method.storage.bits}bit")
+    # what can be refused at once is, before texts are fetched and tokenised
+    Checkpoint.open(source, options.allow_pickle)
+    longest = context_length(source, options.trust_remote_code)
     rows = text = None
     if not dry:
+        check_output(out, options.overwrite, source)
+        check_room(out, 0)
         tokenizer = None
         if Needs.HESSIAN in method.needs or not options.no_eval:
             tokenizer = load_tokenizer(source, options.trust_remote_code)
         if Needs.HESSIAN in method.needs:
-            rows = calibration(source, tokenizer, options, device)
+            rows = calibration(source, tokenizer, options, device, longest)
         if not options.no_eval:
             text = evaluation(tokenizer, options.eval)
-    bits = method.storage.bits
-    name = "bundled" if model == BUNDLED else Path(model).name
+            cut_windows(text.tokens, min(2048, longest or 2048))
     return Job(
         source=source,
-        out=options.out or Path(f"{name}-{method.name}-{bits}bit"),
+        out=out,
         method=method,
         format=options.format,
         rows=rows,
         text=text,
         device=device,
-        dtype=find_dtype(options.dtype),
+        dtype=dtype,
         true_sequential=options.true_sequential,
         include=options.include,
         exclude=options.exclude,
@@ -151,27 +163,21 @@ def load_tokenizer(source: Path, trust_remote_code: bool = False) -> Any:
     """The tokenizer of a model folder. Raises CompressError."""
     from transformers import AutoTokenizer
 
-    try:
+    remedy = "the folder needs tokenizer.json and tokenizer_config.json (--trust-remote-code if its code is its own)"
+    with quiet_transformers("its tokenizer cannot be loaded", str(source), remedy):
         return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ImportError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise CompressError(
-            f"its tokenizer cannot be loaded ({reason})", str(source), "the folder needs tokenizer.json and its config"
-        ) from None
 
 
-def context_length(source: Path) -> int | None:
+def context_length(source: Path, trust_remote_code: bool = False) -> int | None:
     """max_position_embeddings of a model folder, by whatever name its family uses; None when it names none."""
-    from compress.blocks import load_config
-
-    found = getattr(load_config(source).get_text_config(), "max_position_embeddings", None)
+    config = load_config(source, trust_remote_code)
+    found = getattr(config.get_text_config(), "max_position_embeddings", None)
     return found if isinstance(found, int) and found > 0 else None
 
 
-def calibration(source: Path, tokenizer: Any, options: Options, device: torch.device) -> Rows:
-    """The calibration rows that the options ask for."""
-    longest = None if options.trust_remote_code else context_length(source)
-    seq_len = options.seq_len or min(2048, longest or 2048)
+def calibration(source: Path, tokenizer: Any, options: Options, device: torch.device, longest: int | None) -> Rows:
+    """The calibration rows that the options ask for, none longer than the model's context."""
+    seq_len = min(2048, longest or 2048) if options.seq_len is None else options.seq_len
     if longest is not None and seq_len > longest:
         raise CompressError(
             f"{seq_len} tokens a row, the model's context is {longest}", "--seq-len", f"use {longest} or less"
@@ -226,7 +232,7 @@ def evaluation(tokenizer: Any, source: str) -> EvalText:
     return evaluation_tokens(source, tokenizer)
 
 
-def evaluate(
+def score(
     model: str | Path,
     text: str = "wikitext2",
     *,
@@ -247,21 +253,27 @@ def evaluate(
     """
     from compress.weights import Weights
 
+    place, precision = find_device(device), find_dtype(dtype)
     source = find_model(str(model))
     weights = Weights(Checkpoint.open(source))
-    tokens = evaluation(load_tokenizer(source, trust_remote_code), text)
-    place = find_device(device)
     original = None if against is None else Weights(Checkpoint.open(find_model(str(against))))
-    some = next(n for n in weights.shapes_cache() if n.endswith(".weight"))
+    longest = context_length(source, trust_remote_code)
+    if window is not None and not 2 <= window <= (longest or window):
+        what = f"{window} tokens a window are out of range"
+        raise CompressError(what, "--window", f"use 2 to {longest or 'the context length'}")
+    tokens = evaluation(load_tokenizer(source, trust_remote_code), text)
+    some = next((n for n in weights.shapes_cache() if n.endswith(".weight")), "")
+    if not some:
+        raise CompressError("0 tensors are named *.weight", str(source), "pass a causal language model")
     report = progress or (lambda status: None)
-    score, base = score_checkpoint(
+    found, base = evaluate(
         weights,
         tokens.tokens,
         place,
-        find_dtype(dtype) or default_dtype(weights.dtype(some), place),
+        precision or default_dtype(weights.dtype(some), place),
         original,
         window,
         trust_remote_code,
         lambda done, total: report(Status("evaluate", done, total)),
     )
-    return score, base, tokens
+    return found, base, tokens

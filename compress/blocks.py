@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress.checkpoint import read_json
 from compress.errors import CompressError
 from compress.formats.base import LayerShape
 from compress.weights import Weights
@@ -207,20 +209,21 @@ class BlockModel:
             value = self._read(parts[0].name)
             if parts[0].name.removesuffix(".weight") in self.weights.packed and _keeps_transposed(self.model, param):
                 value = value.t()  # packed layers come as [out, in]
-            value = value.to(self.device, self.dtype)
         else:
             value = torch.empty(like.shape, dtype=self.dtype, device=self.device)
             for linear in self._experts(param, parts):
                 rows = slice(linear.first_row, linear.first_row + linear.shape[0])
-                value[linear.expert, rows] = self._read(linear.name + ".weight").to(self.device, self.dtype)
+                value[linear.expert, rows] = self._read(linear.name + ".weight")
         _set(self.model, param, value.contiguous())
 
     def _read(self, name: str) -> Tensor:
-        value = self.weights.read(name)
+        """A tensor of the checkpoint on the device, in the compute dtype."""
+        stored = self.weights.read(name)
+        value = stored.to(self.device, self.dtype)
         if not bool(torch.isfinite(value).all()):
-            raise CompressError(
-                "the weight holds NaN or infinity", name, "the checkpoint is damaged: download it again"
-            )
+            refuse_infinite(stored, name)
+            what = f"its {float(stored.abs().max()):.1e} overflows {str(self.dtype).removeprefix('torch.')}"
+            raise CompressError(what, name, "use --dtype bfloat16 or float32")
         return value
 
     # -- running ------------------------------------------------------------------------------------------------
@@ -248,6 +251,10 @@ class BlockModel:
             tokens: int64 [rows, seq], no padding.
         """
         self.prepare()
+        known = len(self.model.get_input_embeddings().weight)
+        if int(tokens.max()) >= known:
+            what = f"the tokenizer gives id {int(tokens.max())}, the embeddings hold {known} rows"
+            raise CompressError(what, str(self.weights.folder), "pass the tokenizer that belongs to this model")
         tokens = tokens.to(self.device)
         if self._tuple is None and len(self._blocks) > 1:
             self._tuple = False
@@ -304,7 +311,17 @@ class BlockModel:
 
         with _forwards(self._blocks, [stand_in] * len(self._blocks)):
             out: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
+        if bool(torch.isnan(out).any()):
+            raise CompressError("its logits hold NaN", str(self.weights.folder), "try --dtype float32")
         return out.float()
+
+
+def refuse_infinite(value: Tensor, name: str) -> None:
+    """Raise CompressError for a weight with NaN or infinity in it."""
+    bad = int(value.numel() - torch.isfinite(value).sum())
+    if bad:
+        what = f"{bad} of its {value.numel()} values are NaN or infinite"
+        raise CompressError(what, name, "the checkpoint is damaged: download it again")
 
 
 class _Stop(Exception):
@@ -358,21 +375,67 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """The model's transformers config without its quantization_config. Raises CompressError."""
     from transformers import AutoConfig
 
-    where = str(folder / "config.json")
-    try:
+    where = folder / "config.json"
+    _refuse_counts(read_json(where), str(where))
+    with quiet_transformers("transformers cannot read it", str(where), _REMEDY):
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, ImportError) as error:
-        raise CompressError(f"transformers cannot read it ({_short(error)})", where, _CONFIG_REMEDY) from None
+        text = config.get_text_config()
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config
+    declared = config.architectures if isinstance(config.architectures, list) else []
+    heads = [a for a in declared if _OTHER_HEADS.search(str(a))]
+    both_ways = getattr(text, "is_decoder", None) is False and getattr(text, "add_cross_attention", None) is False
+    if heads or both_ways or getattr(text, "is_encoder_decoder", False):
+        kind = heads[0] if heads else f"model_type {config.model_type}"
+        raise CompressError(f"not a causal language model ({kind})", str(where), _REMEDY)
     return config
 
 
-_CONFIG_REMEDY = "pass a model that AutoModelForCausalLM can build (model code in the folder needs --trust-remote-code)"
+_REMEDY = "pass a model that AutoModelForCausalLM can build (model code in the folder needs --trust-remote-code)"
+_OTHER_HEADS = re.compile(r"For(MaskedLM|\w*Classification|QuestionAnswering|MultipleChoice|PreTraining)$")
+_COUNTS = re.compile(r"(n|num)_(\w+_)?(layers?|experts)|(en|de)coder_layers|attention_types")
+_MOST = 10_000
 
 
-def _short(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+def _refuse_counts(raw: Mapping[str, Any], where: str) -> None:
+    """Raise CompressError for a number of layers or experts that transformers would list for hours before it fails."""
+    for key, value in raw.items():
+        if isinstance(value, Mapping):
+            _refuse_counts(value, where)
+        elif _COUNTS.fullmatch(key) and (most := max(_whole_numbers(value), default=0)) > _MOST:
+            what = f"{key} is {most}, more than {_MOST} are not believed"
+            raise CompressError(what, where, "the config is damaged: download it again")
+
+
+def _whole_numbers(value: Any) -> Iterator[int]:
+    """The integers in a JSON value and the lists within it."""
+    if isinstance(value, list):
+        for item in value:
+            yield from _whole_numbers(item)
+    elif isinstance(value, int):
+        yield value
+
+
+@contextlib.contextmanager
+def quiet_transformers(what: str, where: str, remedy: str) -> Iterator[None]:
+    """Calls into transformers with what comes from a model folder, quietly; failures as one line.
+
+    A wrong value there makes it raise nearly anything (ZeroDivisionError, KeyError, AssertionError, a
+    StrictDataclassFieldValidationError, whatever code in the folder raises): they share no base, so all are caught,
+    here only, and chained.
+    """
+    logger = logging.getLogger("transformers")
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # it warns about weights that are not initialised; that is the point here
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CompressError(f"{what} ({reason})", where, remedy) from error
+    finally:
+        logger.setLevel(level)
 
 
 def _skeleton(weights: Weights, trust_remote_code: bool) -> Any:
@@ -380,42 +443,25 @@ def _skeleton(weights: Weights, trust_remote_code: bool) -> Any:
     from transformers import AutoModelForCausalLM
 
     config = load_config(weights.folder, trust_remote_code)
+    where = str(weights.folder / "config.json")
     declared = getattr(config.get_text_config(), "num_hidden_layers", None)
-    numbers = {int(m) for n in weights.shapes_cache() for m in re.findall(r"(?<=\.)(\d+)(?=\.)", "." + n)}
-    if isinstance(declared, int) and declared > max(numbers, default=-1) + 1:
+    numbers = {m for n in weights.shapes_cache() for m in re.findall(r"(?<=\.)(\d+)(?=\.)", "." + n)}
+    if isinstance(declared, int) and not 0 < declared <= len(numbers):
         raise CompressError(
-            f"num_hidden_layers is {declared}, the files hold {max(numbers, default=-1) + 1} blocks",
-            str(weights.folder / "config.json"),
+            f"num_hidden_layers is {declared}, the files hold {len(numbers)} blocks",
+            where,
             "the checkpoint is incomplete or the config is not its own",
         )
-    where = str(weights.folder / "config.json")
-    try:
-        with torch.device("meta"), _quiet():
-            draft = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-        _disk_names(draft, weights)
-        with _parameters_on_meta(), _quiet():
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
-    except CompressError:
-        raise
-    except (ValueError, KeyError, TypeError, AttributeError, ZeroDivisionError, RuntimeError, ImportError) as error:
-        remedy = _CONFIG_REMEDY
-        raise CompressError(f"not a causal language model that can be built ({_short(error)})", where, remedy) from None
+    unbuildable = "not a causal language model that can be built"
+    with torch.device("meta"), quiet_transformers(unbuildable, where, _REMEDY):
+        draft = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    _disk_names(draft, weights)
+    with _parameters_on_meta(), quiet_transformers(unbuildable, where, _REMEDY):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     if hasattr(model, "set_experts_implementation"):
         with contextlib.suppress(ValueError):  # models without experts say so with a ValueError
             model.set_experts_implementation("eager")
     return model.eval()
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers warns about weights that are not initialised; that is the point here."""
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
 
 
 def _decoder_blocks(model: Any, folder: Path) -> tuple[str, Any]:
@@ -496,18 +542,51 @@ def _check(
     by_id: dict[int, list[str]] = {}
     for name, param in params.items():
         by_id.setdefault(id(param), []).append(name)
-    for name, param in params.items():
-        found = parts.get(name, [])
-        shared = any(parts.get(other) for other in by_id[id(param)])
-        if not found and name not in tied and not shared:
-            raise CompressError("no tensor in the files", name, f"{weights.folder} is incomplete: download it again")
-        if len(found) == 1 and found[0].expert is None:
-            have, want = shapes[found[0].name], tuple(param.shape)
-            if found[0].name.removesuffix(".weight") in weights.packed and _keeps_transposed(model, name):
-                want = want[::-1]
-            if have != want:
-                raise CompressError(
-                    f"the file holds {list(have)}, config.json implies {list(want)}",
-                    found[0].name,
-                    "config.json does not belong to these weights",
-                )
+    empty = [name for name in params if not parts.get(name) and name not in tied]
+    missing = [name for name in empty if not any(parts.get(other) for other in by_id[id(params[name])])]
+    if missing:
+        what = f"{len(missing)} of {len(params)} parameters have no tensor in the files, first {missing[0]}"
+        raise CompressError(what, str(weights.folder), "the checkpoint is incomplete: download it again")
+    for name, found in parts.items():
+        if name not in params:  # a buffer
+            continue
+        param = params[name]
+        for part in found:
+            dtype = weights.dtype(part.name)
+            if param.is_floating_point() and not (dtype.is_floating_point and dtype.itemsize > 1):
+                what = f"stored as {str(dtype).removeprefix('torch.')}, not as 16- or 32-bit floats"
+                raise CompressError(what, part.name, "pass the original checkpoint (is this one quantised?)")
+        if found[0].expert is not None:
+            _check_experts(name, tuple(param.shape), found, shapes)
+            continue
+        if len(found) > 1:
+            what = f"{len(found)} tensors for one parameter: {found[0].name} and {found[1].name}"
+            raise CompressError(what, str(weights.folder), "remove the file that does not belong to the model")
+        have, want = shapes[found[0].name], tuple(param.shape)
+        if found[0].name.removesuffix(".weight") in weights.packed and _keeps_transposed(model, name):
+            want = want[::-1]
+        _same_shape(found[0].name, have, want)
+
+
+def _same_shape(name: str, have: tuple[int, ...], want: tuple[int, ...]) -> None:
+    if have != want:
+        what = f"the file holds {list(have)}, config.json implies {list(want)}"
+        raise CompressError(what, name, "config.json does not belong to these weights")
+
+
+def _check_experts(
+    name: str, shape: tuple[int, ...], parts: list[_Part], shapes: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Every expert's matrices together fill its slice [out, in] of a fused parameter [experts, out, in]."""
+    if len(shape) != 3 or any(len(shapes[p.name]) != 2 for p in parts):
+        raise CompressError(f"fused from experts to {list(shape)}", name, "this architecture's layout is not supported")
+    experts, rows, columns = shape
+    for expert in range(experts):
+        mine = [p.name for p in parts if p.expert == expert]
+        if not mine:
+            what = f"expert {expert} of {experts} has no tensor in the files"
+            raise CompressError(what, name, "the checkpoint is incomplete: download it again")
+        have = (sum(shapes[n][0] for n in mine), *{shapes[n][1] for n in mine})
+        _same_shape(" + ".join(mine), have, (rows, columns))
+    if len(parts) > experts * len(mine):
+        raise CompressError(f"config.json says {experts} experts, the files hold more", name, "config.json is damaged")

@@ -12,9 +12,10 @@ import json
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -71,16 +72,17 @@ class Stored:
         return count
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
     """A JSON object from a file. Raises CompressError when it is missing or not an object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CompressError("no such file", str(path), "is this a Hugging Face model folder?") from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CompressError(f"not readable JSON ({error})", str(path), "download the file again") from None
+    except (OSError, ValueError, RecursionError) as error:  # not UTF-8, not JSON, a number of 5000 digits, 10^5 "["
+        raise CompressError(f"not readable JSON ({error})", str(path), remedy) from None
     if not isinstance(value, dict):
-        raise CompressError(f"holds a JSON {type(value).__name__}, not an object", str(path), "download it again")
+        what = "null" if value is None else f"a {type(value).__name__}"
+        raise CompressError(f"holds {what}, not a JSON object", str(path), remedy)
     return value
 
 
@@ -88,23 +90,24 @@ def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file, every offset checked. Raises CompressError for anything malformed."""
     from safetensors import SafetensorError, safe_open
 
+    if not os.path.isfile(path):
+        raise CompressError("the shard is missing", str(path), "download the checkpoint again")
     try:
         with safe_open(str(path), framework="pt") as opened:  # checks the header against the file's size
             opened.keys()
         with path.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
             header = json.loads(f.read(length))
-    except FileNotFoundError:
-        raise CompressError("the shard is missing", str(path), "download the checkpoint again") from None
     except (SafetensorError, OSError, ValueError) as error:
-        remedy = "the file is damaged: download it again"
-        raise CompressError(f"not a readable safetensors file ({error})", str(path), remedy) from None
+        what = f"these {path.stat().st_size} bytes are not a safetensors file ({error})"
+        raise CompressError(what, str(path), "the file is damaged: download it again") from None
     found = {}
     for name, entry in header.items():
         if name == "__metadata__":
             continue
         if entry["dtype"] not in _DTYPES:
-            raise CompressError(f"tensor {name} has dtype {entry['dtype']}, which is not supported", str(path))
+            what = f"tensor {name} has dtype {entry['dtype']}, which is not supported"
+            raise CompressError(what, str(path), "pass a 16- or 32-bit checkpoint")
         begin, end = entry["data_offsets"]
         found[name] = Stored(path, 8 + length + begin, end - begin, entry["dtype"], tuple(entry["shape"]))
     return found
@@ -131,7 +134,8 @@ class Checkpoint:
         Args:
             folder: holds config.json and safetensors files.
             allow_pickle: also take pytorch_model.bin, through torch's weights-only unpickler.
-            pickle_cache: where a pickled checkpoint is rewritten as safetensors (needed with allow_pickle).
+            pickle_cache: where a pickled checkpoint is rewritten as safetensors; None: only names and shapes are
+                wanted, nothing is written and no tensor of it can be read.
 
         Raises:
             CompressError: no such folder, nothing readable in it, a damaged file, an index that points outside.
@@ -139,28 +143,25 @@ class Checkpoint:
         if not folder.is_dir():
             raise CompressError("no such folder", str(folder), "pass a model folder or a hub id such as org/name")
         config = read_json(folder / "config.json")
-        names = _shards(folder, folder / _INDEX) if (folder / _INDEX).exists() else None
-        if names is None and (folder / _SINGLE).exists():
+        index = folder / _INDEX
+        weight_map = _weight_map(index) if index.exists() else {}
+        if weight_map:
+            names = sorted(set(weight_map.values()))
+        elif (folder / _SINGLE).exists():
             names = [_SINGLE]
-        if names is None:
+        else:
             names = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter"))
-        root = folder
-        if not names:
-            root, names = _unpickled(folder, allow_pickle, pickle_cache)
-        tensors: dict[str, Stored] = {}
-        for shard in names:
-            for name, stored in read_header(root / shard).items():
-                if name in tensors:
-                    raise CompressError(f"tensor {name} is in {tensors[name].file.name} too", str(root / shard))
-                tensors[name] = stored
-        if (folder / _INDEX).exists() and root is folder:
-            missing = sorted(set(read_json(folder / _INDEX)["weight_map"]) - set(tensors))
-            if missing:
-                raise CompressError(
-                    f"the index names {len(missing)} tensors that no shard holds, first {missing[0]}",
-                    str(folder / _INDEX),
-                    "download the checkpoint again",
-                )
+        if names:
+            tensors = _merge((folder / name, read_header(folder / name)) for name in names)
+        else:
+            tensors = _merge(_unpickled(folder, allow_pickle, pickle_cache))
+        missing = sorted(set(weight_map) - set(tensors))
+        if missing:
+            raise CompressError(
+                f"names {len(missing)} tensors that no shard holds, first {missing[0]}",
+                str(index),
+                "download the checkpoint again",
+            )
         return cls(folder, config, tensors)
 
     def read(self, name: str) -> Tensor:
@@ -191,47 +192,78 @@ def read_tensor(stored: Stored, name: str = "") -> Tensor:
     return flat.view(stored.torch_dtype).reshape(stored.shape)
 
 
-def _shards(folder: Path, index: Path) -> list[str]:
-    """Shard names from an index, each a plain name inside the folder."""
+def _weight_map(index: Path) -> dict[str, str]:
+    """Tensor name -> shard from an index; every shard is a plain name inside the folder."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CompressError("weight_map is not a table of tensor names to files", str(index), "download it again")
-    names = sorted(set(weight_map.values()))
-    for name in names:
-        if Path(name).name != name or name in ("", ".", ".."):
+    if not weight_map:
+        raise CompressError("weight_map names 0 tensors", str(index), "download it again")
+    for name in sorted(set(weight_map.values())):
+        if Path(name).name != name or name in ("", ".", "..") or "\0" in name:
             raise CompressError(
                 f"shard name {name!r} leads out of the folder", str(index), "do not trust this checkpoint"
             )
-        if not (folder / name).exists():
-            raise CompressError("the shard is missing", str(folder / name), "download the checkpoint again")
-    return names
+    return weight_map
 
 
-def _unpickled(folder: Path, allow: bool, cache: Path | None) -> tuple[Path, list[str]]:
-    """Rewrite pytorch_model*.bin as safetensors in `cache`, one file at a time, weights only."""
-    import pickle
+def _merge(shards: Iterable[tuple[Path, dict[str, Stored]]]) -> dict[str, Stored]:
+    """The tensors of all shards; no name may come twice."""
+    tensors: dict[str, Stored] = {}
+    for path, found in shards:
+        for name, stored in found.items():
+            if name in tensors:
+                what = f"tensor {name} is in {tensors[name].file.name} too"
+                raise CompressError(what, str(path), "remove the file that does not belong to the model")
+            tensors[name] = stored
+    return tensors
 
+
+def _unpickled(folder: Path, allow: bool, cache: Path | None) -> Iterator[tuple[Path, dict[str, Stored]]]:
+    """The tensors of each pytorch_model*.bin, rewritten as safetensors in `cache`; without one, names and shapes."""
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if not pickles:
         raise CompressError("no .safetensors file", str(folder), "pass a folder with model weights")
-    if not allow or cache is None:
+    if not allow:
         raise CompressError(
             f"only pickled weights ({pickles[0].name}): a pickle can run code when it is opened",
             str(folder),
             "pass --allow-pickle to read them through torch's weights-only unpickler",
         )
-    from safetensors.torch import save_file
-
-    cache.mkdir(parents=True, exist_ok=True)
-    names = []
     for file in pickles:
+        state = _unpickle(file, "meta" if cache is None else "cpu")
+        if cache is None:
+            yield file, {n: Stored(file, 0, t.nbytes, _NAMES[t.dtype], tuple(t.shape)) for n, t in state.items()}
+            continue
+        rewritten = cache / (file.stem + ".safetensors")
         try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-            raise CompressError(f"the unpickler refused it ({str(error).splitlines()[0]})", str(file)) from None
-        names.append(file.stem + ".safetensors")
-        save_file({k: v.clone().contiguous() for k, v in state.items()}, str(cache / names[-1]))
-    return cache, names
+            cache.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise CompressError(f"cannot be made ({error.strerror})", str(cache), "choose another -o") from None
+        save_tensors(rewritten, state)
+        yield rewritten, read_header(rewritten)
+
+
+def _unpickle(file: Path, device: str) -> dict[str, Tensor]:
+    """A pickled state dict. Raises CompressError when it holds anything but dense tensors by name.
+
+    The unpickler lets through whatever a damaged file makes it raise (KeyError, IndexError, struct.error,
+    UnpicklingError, RuntimeError: they share no base), so all are caught, here only, and chained.
+    """
+    try:
+        state = torch.load(file, map_location=device, weights_only=True)
+    except Exception as error:
+        reason = f"{type(error).__name__}: {str(error).partition('. ')[0][:200]}"
+        remedy = "the file is damaged or not only weights: pass a safetensors checkpoint"
+        raise CompressError(f"the weights-only unpickler refused it ({reason})", str(file), remedy) from error
+    if not isinstance(state, dict) or not state:
+        what = f"holds a {type(state).__name__} of {len(state) if isinstance(state, dict) else 1}, not tensors by name"
+        raise CompressError(what, str(file), "pass a state dict")
+    for name, value in state.items():
+        dense = isinstance(value, Tensor) and value.layout is torch.strided and value.dtype in _NAMES
+        if not isinstance(name, str) or not dense:
+            raise CompressError(f"holds {type(value).__name__} {name!r}, not a dense tensor", str(file), "remove it")
+    return state
 
 
 def hash_files(paths: Sequence[Path]) -> dict[str, str]:
@@ -269,8 +301,7 @@ def _write(path: Path, entries: list[tuple[str, str, tuple[int, ...], int]], con
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
     digest = hashlib.sha256()
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("wb") as f:
+    with _durably(path, 8 + len(raw) + at) as f:
         for piece in (len(raw).to_bytes(8, "little"), raw):
             f.write(piece)
             digest.update(piece)
@@ -278,10 +309,23 @@ def _write(path: Path, entries: list[tuple[str, str, tuple[int, ...], int]], con
             for chunk in content(name):
                 f.write(chunk)
                 digest.update(chunk)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
     return digest.hexdigest()
+
+
+@contextmanager
+def _durably(path: Path, nbytes: int) -> Iterator[BinaryIO]:
+    """A file to write: temporary name, fsync, rename. Raises CompressError when the disk does not take it."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with temporary.open("wb") as f:
+            yield f
+            f.flush()
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        what = f"its {nbytes} bytes cannot be written ({error.strerror})"
+        remedy = "mend that, then give the same command again: finished blocks are kept"
+        raise CompressError(what, str(path), remedy) from error
 
 
 def _file_chunks(stored: Stored) -> Iterator[bytes]:
@@ -331,11 +375,7 @@ def write_json(path: Path, value: Any) -> str:
 
 def write_text(path: Path, text: str) -> str:
     """Write a text file durably (temporary name, fsync, rename). Returns its sha256."""
-    temporary = path.with_name(path.name + ".tmp")
     raw = text.encode()
-    with temporary.open("wb") as f:
+    with _durably(path, len(raw)) as f:
         f.write(raw)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(temporary, path)
     return hashlib.sha256(raw).hexdigest()

@@ -6,19 +6,22 @@ A sub-command is built when it is called for, so that `compress --help` imports 
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json
+import os
+import shlex
 import sys
 import types
 import typing
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 from typer.core import TyperGroup
 
-from compress.errors import CompressError
+from compress.errors import CompressError, Interrupted
 from compress.options import Options
 from compress.passes import PASSES, load
 
@@ -29,6 +32,12 @@ _OTHER = {
     "eval": "perplexity of any checkpoint, dense or packed, ours or another tool's",
     "demo": "the whole job on a small model that comes with the package: no hub, no GPU, a minute",
 }
+
+
+#: what typer raises for a command line it cannot read; it exports only this class's heir
+_UsageError: type[Exception] = typer.BadParameter.__bases__[0]
+#: errors of the machine that its user can mend
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.ENAMETOOLONG}
 
 
 class LazyGroup(TyperGroup):
@@ -151,18 +160,31 @@ def _run(model: str, method: Pass, options: Options, dry_run: bool, as_json: boo
         plan = screen.dry_run(api.make_job(model, method, options, dry=True))
         print(json.dumps(plan, indent=2)) if as_json else screen.print_plan(plan)
         return
-    job = api.make_job(model, method, options)
+    job = None
     try:
-        with screen.progress_line(quiet or as_json) as progress:
+        job = api.make_job(model, method, options)
+        with screen.progress_line(_hidden(quiet, as_json)) as progress:
             result = compress_checkpoint(job, progress)
     except KeyboardInterrupt:
-        command = " ".join(["compress", *sys.argv[1:]])
-        print(f"\nstopped; finished blocks are kept in {job.out}.partial. To go on, type: {command}", file=sys.stderr)
-        raise typer.Exit(130) from None
+        raise _interrupted(None if job is None else job.out) from None
     if as_json:
         print(json.dumps(screen.as_json(result), indent=2))
     else:
         screen.print_result(result)
+
+
+def _hidden(quiet: bool, as_json: bool) -> bool:
+    """No progress line where nobody sees it move: a log would get a blank line."""
+    return quiet or as_json or not sys.stderr.isatty()
+
+
+def _interrupted(out: Path | None) -> Interrupted:
+    """What Ctrl-C left behind, and the command that goes on."""
+    command = shlex.join(["compress", *sys.argv[1:]])
+    partial = None if out is None else out.with_name(out.name + ".partial")
+    done = 0 if partial is None else len(list(partial.glob("block-*.json")))
+    what = f"stopped; {done} finished blocks are kept" if done else "stopped before a block was finished"
+    return Interrupted(what, str(partial or ""), f"to go on, type: {command}")
 
 
 def eval_command(
@@ -184,8 +206,8 @@ def eval_command(
     from compress import api
     from compress.report import screen
 
-    with screen.progress_line(quiet or as_json) as progress:
-        score, base, used = api.evaluate(
+    with screen.progress_line(_hidden(quiet, as_json)) as progress:
+        score, base, used = api.score(
             model,
             text,
             against=against,
@@ -225,15 +247,31 @@ def demo_command(
 
 
 def main() -> None:
-    """Entry point: errors a user can mend take one line on stderr and exit code 2."""
-    import os
-
+    """Entry point: errors a user can mend take one line on stderr and exit code 2; Ctrl-C exits with 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        app()
+        code = app(standalone_mode=False)
+    except Interrupted as stopped:
+        _fail(stopped.line(), 130)
     except CompressError as error:
-        print(f"error: {error.line()}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
+        _fail(f"error: {error.line()}", 2)
+    except _UsageError as error:
+        if len(sys.argv) == 1:  # the error's message is the whole help
+            error.show()  # type: ignore[attr-defined]
+            sys.exit(2)
+        context = getattr(error, "ctx", None)
+        path = "compress" if context is None else context.command_path
+        _fail(f"error: {path}: {error.format_message()}; {path} --help lists what there is", 2)  # type: ignore[attr-defined]
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        where = error.filename or "writing"
+        _fail(f"error: {where}: {error.strerror}; mend that and give the same command again", 2)
+    if code == 130:  # typer turns a KeyboardInterrupt into this code
+        _fail("stopped", 130)
+    sys.exit(code or 0)
+
+
+def _fail(line: str, code: int) -> NoReturn:
+    print(" ".join(line.splitlines()), file=sys.stderr)
+    sys.exit(code)

@@ -2,12 +2,14 @@
 
 The work folder OUT.partial holds fingerprint.json, and for each finished block block-00003.safetensors (its packed
 tensors as the format stores them) and block-00003.json (its records, written last: a block without it is not finished).
-The finished checkpoint is assembled in OUT.partial/final and renamed to OUT. Nothing here is ever pickled.
+The finished checkpoint is assembled in OUT.partial/final and renamed to OUT; an output that it replaces waits in
+OUT.partial/replaced between the two renames. Nothing here is ever pickled.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,46 +21,83 @@ from torch import Tensor
 from compress.checkpoint import Stored, hash_files, read_header, read_json, save_tensors, write_json
 from compress.errors import CompressError
 
+_FRESH = "pass --fresh to start over"
+#: what a run leaves in its work folder; a folder that holds anything else is not deleted
+_OURS = re.compile(r"(fingerprint\.json|block-\d+\.(safetensors|json)|hidden\.bin)(\.tmp)?|final|replaced")
+
+
+def check_output(out: Path, overwrite: bool, source: Path | None = None) -> None:
+    """Raise CompressError unless a finished checkpoint may be renamed to `out`.
+
+    Args:
+        overwrite: an earlier output there may be replaced.
+        source: the input, which must not be replaced with it.
+    """
+    if out.name in ("", ".."):
+        raise CompressError("is not the name of a new folder", f"-o {out}", "name one, such as -o OUT")
+    if out.is_symlink() and not out.exists():
+        raise CompressError("is a link to nothing", str(out), "remove it, or choose another -o")
+    if not out.exists():
+        return
+    if source is not None and (out.resolve() == source.resolve() or out.resolve() in source.resolve().parents):
+        raise CompressError("the input is there", str(out), "choose another -o")
+    if not overwrite:
+        raise CompressError("the output exists", str(out), "pass --overwrite to replace it, or another -o")
+    if not out.is_dir() or (not (out / "config.json").exists() and any(out.iterdir())):
+        raise CompressError("exists and is not a model folder", str(out), "choose another -o")
+
 
 class Journal:
-    """The work folder beside an output folder.
+    """The work folder beside an output folder; a context that keeps other runs away.
 
     Args:
         out: the final name.
         overwrite: an existing output may be replaced at the very end.
+        source: the input.
 
     Raises:
-        CompressError: the output exists and may not be replaced.
+        CompressError: the output exists and may not be replaced; another run is writing it.
     """
 
-    def __init__(self, out: Path, overwrite: bool) -> None:
+    def __init__(self, out: Path, overwrite: bool, source: Path | None = None) -> None:
         self.out = out
+        self.overwrite = overwrite
+        self.source = source
+        check_output(out, overwrite, source)
         self.folder = out.with_name(out.name + ".partial")
         self.final = self.folder / "final"
+        self.unpickled = out.with_name(out.name + ".unpickled")
+        self._replaced = self.folder / "replaced"
+        self._recorded = self.folder / "fingerprint.json"
         self._lock = FileLock(out.with_name(out.name + ".lock"))
-        if out.exists() and not overwrite:
-            raise CompressError("the output exists", str(out), "pass --overwrite to replace it, or another -o")
-        if out.exists() and not (out / "config.json").exists() and any(out.iterdir() if out.is_dir() else [out]):
-            raise CompressError("exists and is not a model folder", str(out), "choose another -o")
 
     def __enter__(self) -> Journal:
-        self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.out.absolute().parent.mkdir(parents=True, exist_ok=True)
             self._lock.acquire(timeout=0)
         except Timeout:
             raise CompressError(
                 "another run is writing this output", str(self.out), "wait for it, or choose another -o"
             ) from None
+        except OSError as error:
+            what = f"cannot be locked ({error.strerror})"
+            raise CompressError(what, self._lock.lock_file, "choose another folder with -o") from None
+        try:
+            self._put_back()
+            check_output(self.out, self.overwrite, self.source)
+        except BaseException:
+            self.__exit__()
+            raise
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._lock.release()
+        # unlinked while still held: one who opened the file before cannot lock it and believe to be alone
         Path(self._lock.lock_file).unlink(missing_ok=True)
+        self._lock.release()
 
     def earlier(self) -> dict[str, Any]:
         """The fingerprint of a run that was stopped here; empty if there was none."""
-        recorded = self.folder / "fingerprint.json"
-        return read_json(recorded) if recorded.exists() else {}
+        return read_json(self._recorded, _FRESH) if self._recorded.exists() else {}
 
     def start(self, fingerprint: Mapping[str, Any], fresh: bool) -> int:
         """Open the work folder for a run described by `fingerprint`.
@@ -69,26 +108,38 @@ class Journal:
         Raises:
             CompressError: an earlier, different run was stopped here (names what differs).
         """
-        if fresh and self.folder.exists():
-            shutil.rmtree(self.folder)
-        recorded = self.folder / "fingerprint.json"
-        if recorded.exists():
-            differences = compare(read_json(recorded), fingerprint)
+        earlier = {} if fresh else self.earlier()
+        if earlier:
+            differences = compare(earlier, fingerprint)
             if differences:
                 raise CompressError(
                     f"an unfinished run differs in {'; '.join(differences)}",
                     str(self.folder),
-                    "pass --fresh to start over, or the earlier settings to go on",
+                    f"{_FRESH}, or the earlier settings to go on",
                 )
         else:
-            shutil.rmtree(self.folder, ignore_errors=True)
+            self._discard()
             self.folder.mkdir(parents=True)
-            write_json(recorded, fingerprint)
-        shutil.rmtree(self.final, ignore_errors=True)
+            write_json(self._recorded, fingerprint)
+        for leftover in (self.final, self._replaced):
+            if leftover.exists():
+                shutil.rmtree(leftover)
         done = 0
         while self._records(done).exists():
             done += 1
         return done
+
+    def _discard(self) -> None:
+        """Delete the work folder, unless it is not one."""
+        if not os.path.lexists(self.folder):
+            return
+        strange = ["a file"] if not self.folder.is_dir() else []
+        strange = strange or [f.name for f in sorted(self.folder.iterdir()) if not _OURS.fullmatch(f.name)]
+        if strange:
+            what = f"is in the way and not ours to delete (it holds {strange[0]})"
+            raise CompressError(what, str(self.folder), "move it away, or choose another -o")
+        self._recorded.unlink(missing_ok=True)
+        shutil.rmtree(self.folder)
 
     def _file(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.safetensors"
@@ -101,33 +152,57 @@ class Journal:
         digest = save_tensors(self._file(block), tensors)
         write_json(self._records(block), {"sha256": digest, "layers": records})
 
+    def finished(self) -> int:
+        """How many blocks are finished."""
+        return len(list(self.folder.glob("block-*.json")))
+
     def tensors(self, block: int) -> dict[str, Stored]:
         """Where a finished block's tensors are. Raises CompressError when the file is not what was written."""
         file = self._file(block)
-        recorded = read_json(self._records(block))["sha256"]
-        if hash_files([file])[file.name] != recorded:
-            raise CompressError("the file changed since it was written", str(file), "pass --fresh to start over")
+        recorded = self._read(block)["sha256"]
+        if not file.is_file() or hash_files([file])[file.name] != recorded:
+            raise CompressError("is gone or changed since it was written (sha256)", str(file), _FRESH)
         return read_header(file)
 
     def records(self, block: int) -> list[dict[str, Any]]:
         """The layer records of a finished block."""
-        layers: list[dict[str, Any]] = read_json(self._records(block))["layers"]
+        layers: list[dict[str, Any]] = self._read(block)["layers"]
         return layers
+
+    def _read(self, block: int) -> dict[str, Any]:
+        found = read_json(self._records(block), _FRESH)
+        if not isinstance(found.get("sha256"), str) or not isinstance(found.get("layers"), list):
+            raise CompressError("holds no records of a block", str(self._records(block)), _FRESH)
+        return found
 
     def publish(self) -> None:
         """Rename the assembled folder to the final name, replacing an earlier output whole, then clean up."""
-        old = self.out.with_name(self.out.name + ".replaced")
-        if self.out.exists():
-            shutil.rmtree(old, ignore_errors=True)
-            os.replace(self.out, old)
-        os.replace(self.final, self.out)
-        parent = os.open(self.out.absolute().parent, os.O_RDONLY)
+        for path in (*self.final.iterdir(), self.final):
+            _sync(path)
+        check_output(self.out, self.overwrite, self.source)  # it may have appeared meanwhile
         try:
-            os.fsync(parent)
+            if self.out.exists():
+                os.replace(self.out, self._replaced)
+            os.replace(self.final, self.out)
         finally:
-            os.close(parent)
-        shutil.rmtree(old, ignore_errors=True)
-        shutil.rmtree(self.folder)
+            self._put_back()
+        _sync(self.out.absolute().parent)
+        self._discard()
+        shutil.rmtree(self.unpickled, ignore_errors=True)
+
+    def _put_back(self) -> None:
+        """Undo half a replacement: a run was stopped between the two renames."""
+        if self._replaced.exists() and not os.path.lexists(self.out):
+            os.replace(self._replaced, self.out)
+
+
+def _sync(path: Path) -> None:
+    """fsync a file or a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -18,7 +18,7 @@ SHARD_BYTES = 5_000_000_000
 RECORD = "compress.json"
 #: files with clock times: they differ between two runs that write the same checkpoint
 TIMED = ("report.json",)
-_WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
+WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpack", ".h5", ".onnx", ".index.json")
 _OWN_FILES = ("config.json", "quantize_config.json", "README.md", "hf_quant_config.json", RECORD, *TIMED)
 
 
@@ -57,7 +57,7 @@ def tensors(plan: Plan, source: Checkpoint, journal: Journal) -> Iterator[tuple[
 def carry_over(source: Path, folder: Path) -> None:
     """Copy what is not a weight and not written by us: tokenizer, generation config, licence, model code."""
     for file in sorted(source.iterdir()):
-        skip = file.name.startswith(".") or file.name in _OWN_FILES or file.name.endswith(_WEIGHT_FILES)
+        skip = file.name.startswith(".") or file.name in _OWN_FILES or file.name.endswith(WEIGHT_FILES)
         if file.is_file() and not skip:
             shutil.copyfile(file, folder / file.name)
 

@@ -5,6 +5,7 @@ compress_checkpoint() is the whole system in one function; what it calls are the
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -22,9 +23,9 @@ from compress.calibration import EvalText, Rows
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.evaluate.perplexity import Score, evaluate
-from compress.formats import FORMATS, of_config
+from compress.formats import FORMATS
 from compress.hidden import Activations, batch_rows
-from compress.journal import Journal
+from compress.journal import Journal, check_output
 from compress.output import assemble
 from compress.plan import Plan
 from compress.types import LayerStats, Needs, Pass, Solved, settings
@@ -134,19 +135,28 @@ class Result:
 Progress = Callable[[Status], None]
 
 
-def open_model(job: Job) -> tuple[Weights, BlockModel]:
-    """The source checkpoint and its model on the meta device. Raises CompressError for input that cannot be used."""
-    pickle_cache = job.out.with_name(job.out.name + ".unpickled") if job.allow_pickle else None
+def open_model(job: Job, pickle_cache: Path | None = None) -> tuple[Weights, BlockModel]:
+    """The source checkpoint and its model on the meta device.
+
+    Args:
+        pickle_cache: where pickled weights are rewritten; without it they cannot be read, and nothing is written.
+
+    Raises:
+        CompressError: input that cannot be used.
+    """
     checkpoint = Checkpoint.open(job.source, job.allow_pickle, pickle_cache)
-    if of_config(checkpoint.config) is not None:
-        method = checkpoint.config["quantization_config"].get("quant_method")
-        raise CompressError(f"the input is already quantised ({method})", str(job.source), "pass the original model")
+    declared = checkpoint.config.get("quantization_config")
+    if declared is not None:
+        method = declared.get("quant_method") if isinstance(declared, dict) else type(declared).__name__
+        what = f"the input is already quantised (quantization_config: {method})"
+        raise CompressError(what, str(job.source / "config.json"), "pass the original model")
     weights = Weights(checkpoint)
     probe = BlockModel(weights, torch.float32, job.device, job.trust_remote_code)
-    stored = weights.dtype(probe.linears(0)[0].name + ".weight")
-    if not stored.is_floating_point or stored.itemsize < 2:
-        raise CompressError(f"weights are stored as {stored}", str(job.source), "pass a 16- or 32-bit checkpoint")
-    probe.dtype = job.dtype or default_dtype(stored, job.device)
+    first = next((x for i in range(len(probe.block_names)) for x in probe.linears(i)), None)
+    if first is None:
+        what = f"0 linear layers in its {len(probe.block_names)} blocks"
+        raise CompressError(what, str(job.source), "this architecture is not supported")
+    probe.dtype = job.dtype or default_dtype(weights.dtype(first.name + ".weight"), job.device)
     return weights, probe
 
 
@@ -165,8 +175,9 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
         CompressError: anything a user can mend; nothing is left under the final name, finished blocks are kept.
     """
     clock = Clock(device=job.device)
+    check_output(job.out, job.overwrite, job.source)
     with clock("load"):
-        weights, model = open_model(job)
+        weights, model = open_model(job, job.out.with_name(job.out.name + ".unpickled"))
     plan = planning.make_plan(model, job.method, FORMATS[job.format], job.include, job.exclude, job.lm_head)
     planning.check_room(job.out, 2 * plan.bytes_after)
     if Needs.HESSIAN in plan.method.needs and job.rows is None:
@@ -174,7 +185,7 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
             f"{plan.method.name} needs calibration data", "--calib", "pass --calib bundled or a text file"
         )
 
-    with Journal(job.out, job.overwrite) as journal:
+    with Journal(job.out, job.overwrite, job.source) as journal:
         earlier = {} if job.fresh else journal.earlier()
         flow = start_flow(model, plan, job, journal.folder / "hidden.bin", earlier.get("batch_rows"))
         with clock("hash"):
@@ -301,6 +312,9 @@ def record(
 ) -> dict[str, Any]:
     """What the report says of one layer."""
     loss, norm = float(solved.row_loss[start:stop].sum()), float(solved.row_norm[start:stop].sum())
+    if not math.isfinite(loss) or not math.isfinite(norm):
+        what = f"its error overflows float32 (weights up to {float(dense.abs().max()):.1e})"
+        raise CompressError(what, f"layer {linear.name}", f"--exclude '{linear.name}' leaves it dense")
     notes = list(solved.notes)
     if linear.expert is not None and layer_stats.hessian is not None and layer_stats.tokens < linear.shape[1]:
         notes.append(f"only {layer_stats.tokens} calibration tokens reached this expert ({linear.shape[1]} inputs)")

@@ -89,11 +89,11 @@ def make_plan(
     """
     everything = [model.linears(i) for i in range(len(model.block_names))]
     names = [linear.name for block in everything for linear in block]
-    for pattern in (*include, *exclude):
-        if not fnmatch.filter(names, pattern):
-            raise CompressError(
-                f"pattern {pattern!r} matches no layer", "--include/--exclude", f"names look like {names[0]}"
-            )
+    for option, patterns in (("--include", include), ("--exclude", exclude)):
+        for pattern in patterns:
+            if not fnmatch.filter(names, pattern):
+                what = f"pattern {pattern!r} matches none of {len(names)} layers"
+                raise CompressError(what, option, f"names look like {names[0]}")
     chosen: list[list[Linear]] = []
     skipped: list[Skipped] = []
     for block in everything:
@@ -105,7 +105,7 @@ def make_plan(
             if reason is not None
         ]
     if not any(chosen):
-        raise CompressError("no layer is left to compress", "--include/--exclude", "widen the patterns")
+        raise CompressError(f"0 of {len(names)} layers are left", "--include/--exclude", "widen the patterns")
     skipped += _uncovered(model, everything)
     head = _head(model) if lm_head else None
     if head is not None:
@@ -115,6 +115,7 @@ def make_plan(
         if head is None or head.param != name + ".weight":
             weight = model.model.get_submodule(name).weight
             skipped.append(Skipped(name, weight.numel(), "outside the decoder blocks", name))
+    skipped += _unused(model)
     method = method.settle(sorted({linear.shape[1] for block in chosen for linear in block}))
     first = next(linear for block in chosen for linear in block)
     stored = weights.dtype(first.name + ".weight")
@@ -163,6 +164,13 @@ def _uncovered(model: BlockModel, everything: list[list[Linear]]) -> list[Skippe
             "this architecture is not supported",
         )
     return [Skipped(name, count, "not a linear layer") for name, count in found]
+
+
+def _unused(model: BlockModel) -> list[Skipped]:
+    """Matrices in the files that the model does not have: blocks beyond num_hidden_layers, prediction heads."""
+    tensors = model.weights.checkpoint.tensors
+    found = [(n, tensors[n]) for n in model.unexpected if n in tensors and len(tensors[n].shape) > 1]
+    return [Skipped(n, t.numel, "the model has no such parameter") for n, t in found]
 
 
 def _reason(linear: Linear, include: Sequence[str], exclude: Sequence[str]) -> str | None:
@@ -225,16 +233,15 @@ def _device_estimate(model: BlockModel, chosen: list[list[Linear]], method: Pass
 def check_room(out: Path, needed: int) -> None:
     """Raise CompressError unless `out` can be written and its disk has room for `needed` bytes."""
     parent = out.absolute().parent
-    while not parent.exists():
-        parent = parent.parent
-    probe = parent / f".compress-{out.name}-probe"
     try:
+        while not parent.exists():
+            parent = parent.parent
+        probe = parent / f".compress-{out.name}-probe"
         probe.touch()
         probe.unlink()
     except OSError as error:
-        raise CompressError(
-            f"cannot be written ({error.strerror})", str(parent), "choose another folder with -o"
-        ) from None
+        what = f"cannot be written ({error.strerror})"
+        raise CompressError(what, str(parent), "choose another folder with -o") from None
     free = shutil.disk_usage(parent).free
     if free < needed:
         raise CompressError(

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.blocks import BlockModel
+from compress.blocks import BlockModel, refuse_infinite
 from compress.checkpoint import Checkpoint, hash_files, tensor_bytes
 from compress.errors import CompressError
-from compress.output import read_record
+from compress.output import RECORD, WEIGHT_FILES, read_record
 from compress.weights import Weights
 
 
@@ -57,31 +57,37 @@ def verify(folder: Path, records: list[dict[str, Any]], source: Checkpoint, trus
             raise CompressError(
                 "the file does not dequantise to what the solver returned", name, "run again with --fresh"
             )
-    copied = 0
-    for name, stored in written.checkpoint.tensors.items():
-        original = source.tensors.get(name)
-        if original is None:
-            continue
-        if tensor_bytes(written.checkpoint.read(name)) != tensor_bytes(source.read(name)):
-            raise CompressError("the copied tensor differs from the original", name, "run again with --fresh")
-        copied += stored is not None
     model = BlockModel(written, torch.float32, torch.device("cpu"), trust_remote_code)
-    return Proof(len(expected), copied, sum(1 for _ in model.model.named_parameters()))
+    unused = set(model.unexpected)
+    copied = [name for name in source.tensors if name.removesuffix(".weight") not in expected]
+    for name in copied:
+        original = source.read(name)
+        found = written.checkpoint.tensors.get(name)
+        if found is None or tensor_bytes(written.checkpoint.read(name)) != tensor_bytes(original):
+            raise CompressError("the copied tensor is not the original's", name, "run again with --fresh")
+        if name not in unused and original.is_floating_point():
+            refuse_infinite(original, name)  # a pass that runs no activations has not looked at it
+    return Proof(len(expected), len(copied), sum(1 for _ in model.model.named_parameters()))
 
 
 def check_hashes(folder: Path) -> int:
     """Compare a folder with the sha256 list of its compress.json. Returns how many files were compared.
 
     Raises:
-        CompressError: a file is missing or changed; the folder is not ours.
+        CompressError: a file is missing or changed, weights were added; the folder is not ours.
     """
     record = read_record(folder)
     if record is None:
         raise CompressError("no compress.json", str(folder), "only folders written by compress carry one")
-    listed: dict[str, str] = record["sha256"]
-    missing = [name for name in listed if not (folder / name).exists()]
+    listed = record.get("sha256")
+    if not isinstance(listed, dict) or not listed or any(Path(name).name != name for name in listed):
+        raise CompressError("lists no files of this folder", str(folder / RECORD), "copy the folder again")
+    missing = [name for name in listed if not (folder / name).is_file()]
     if missing:
         raise CompressError("the file is missing", str(folder / missing[0]), "copy the folder again")
+    added = [f.name for f in sorted(folder.iterdir()) if f.name.endswith(WEIGHT_FILES) and f.name not in listed]
+    if added:
+        raise CompressError("was not written with the others", str(folder / added[0]), "remove it")
     found = hash_files([folder / name for name in listed])
     for name, sha in listed.items():
         if found[name] != sha:

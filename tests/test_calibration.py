@@ -181,8 +181,7 @@ def test_bos_policy_is_what_the_tokenizer_did(tmp_path, tokenizer):
     documents = jsonl(tmp_path / "b.jsonl", [prose(50), prose(60)])
     made = make_tokenizer(bos=True, adds_bos=True)
     assert (
-        "one BOS (<s>) at the start of each document"
-        in calibration_rows(documents, made, samples=2, seq_len=20).notes
+        "one BOS (<s>) at the start of each document" in calibration_rows(documents, made, samples=2, seq_len=20).notes
     )
 
 
@@ -194,9 +193,7 @@ def test_long_documents_give_one_crop_each(tmp_path, tokenizer):
     source = jsonl(tmp_path / "a.jsonl", texts)
     long = [ids for ids in (ids_of(tokenizer, text) for text in texts) if len(ids) >= 200]
     rows = calibration_rows(source, tokenizer, samples=len(long), seq_len=200)
-    owners = [
-        [i for i, ids in enumerate(long) if str(row)[1:-1] in str(ids)[1:-1]] for row in rows.tokens.tolist()
-    ]
+    owners = [[i for i, ids in enumerate(long) if str(row)[1:-1] in str(ids)[1:-1]] for row in rows.tokens.tolist()]
     assert sorted(owner for (owner,) in owners) == list(range(len(long)))
     assert owners != sorted(owners), "the seed shuffles the documents"
 
@@ -204,9 +201,7 @@ def test_long_documents_give_one_crop_each(tmp_path, tokenizer):
 def test_crops_start_anywhere(tmp_path, tokenizer):
     text = prose(60)
     ids = ids_of(tokenizer, text)
-    rows = calibration_rows(
-        jsonl(tmp_path / "a.jsonl", [text] * 60), tokenizer, samples=60, seq_len=len(ids) - 3
-    )
+    rows = calibration_rows(jsonl(tmp_path / "a.jsonl", [text] * 60), tokenizer, samples=60, seq_len=len(ids) - 3)
     assert set(starts_of(rows.tokens, ids)) == {0, 1, 2, 3}
 
 
@@ -262,18 +257,14 @@ def test_chats_are_rendered_by_the_template(tmp_path, chat_tokenizer):
     for column in ("messages", "conversations", "dialogue"):
         named = column if column == "dialogue" else None
         source = jsonl(tmp_path / "a.jsonl", [CHAT] * 3, column)
-        rows = calibration_rows(
-            source, chat_tokenizer, samples=3, seq_len=64, chat_template=True, column=named
-        )
+        rows = calibration_rows(source, chat_tokenizer, samples=3, seq_len=64, chat_template=True, column=named)
         text = chat_tokenizer.apply_chat_template(CHAT, tokenize=False)
         starts_of(rows.tokens, chat_tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         assert any("chat template" in note for note in rows.notes)
     whole = chat_tokenizer(text, add_special_tokens=False)["input_ids"]
     options = {"samples": 3, "seq_len": len(whole), "chat_template": True, "column": "dialogue"}
     assert calibration_rows(source, chat_tokenizer, **options).tokens.tolist() == [whole] * 3
-    sharegpt = [
-        [{"from": "human", "value": CHAT[0]["content"]}, {"from": "gpt", "value": CHAT[1]["content"]}]
-    ]
+    sharegpt = [[{"from": "human", "value": CHAT[0]["content"]}, {"from": "gpt", "value": CHAT[1]["content"]}]]
     source = jsonl(tmp_path / "b.jsonl", sharegpt * 3, "conversations")
     same = calibration_rows(source, chat_tokenizer, samples=3, seq_len=64, chat_template=True)
     assert torch.equal(same.tokens, rows.tokens)
@@ -340,9 +331,7 @@ def test_byte_order_marks_are_no_text(tmp_path, tokenizer):
     (tmp_path / "a.jsonl").write_bytes(b"\xef\xbb\xbf" + json.dumps({"text": prose(50)}).encode())
     (tmp_path / "a.json").write_bytes(b"\xef\xbb\xbf" + json.dumps([{"text": prose(50)}]).encode())
     for name in ("a.txt", "a.jsonl", "a.json"):
-        assert evaluation_tokens(str(tmp_path / name), tokenizer).tokens.tolist() == ids_of(
-            tokenizer, prose(50)
-        )
+        assert evaluation_tokens(str(tmp_path / name), tokenizer).tokens.tolist() == ids_of(tokenizer, prose(50))
 
 
 @pytest.mark.parametrize(
@@ -594,9 +583,7 @@ def test_what_the_hub_raises_becomes_one_line(hub, tokenizer, monkeypatch):
 
         monkeypatch.setattr(datasets, "load_dataset", load_dataset)
         for source in ("wikitext2", "org/name"):
-            with refused(
-                source, type(error).__name__, "no hub access? pass a local file or --calib bundled"
-            ) as e:
+            with refused(source, type(error).__name__, "no hub access? pass a local file or --calib bundled") as e:
                 calibration_rows(source, tokenizer)
             assert "\n" not in str(e.value)
             assert e.value.__cause__ is error

@@ -561,9 +561,7 @@ class Log:
         self(f"[{time.monotonic() - self.began:6.1f} s] {text}")
 
 
-def generate(
-    args: argparse.Namespace, device: torch.device, log: Log, pool: Any
-) -> tuple[list[str], dict[str, Any]]:
+def generate(args: argparse.Namespace, device: torch.device, log: Log, pool: Any) -> tuple[list[str], dict[str, Any]]:
     """Documents that the teacher writes in the time given."""
     teacher = transformers.AutoModelForCausalLM.from_pretrained(args.teacher, dtype=torch.float32)
     chat = transformers.AutoTokenizer.from_pretrained(args.teacher)
@@ -626,9 +624,7 @@ def generate(
             rounds, tokens = rounds + 1, tokens + written
             width = max(1, args.batch // 32)
             for i in range(0, args.batch, width):
-                results.append(
-                    pool.apply_async(documents, ((out[:, i : i + width], openings[i : i + width]),))
-                )
+                results.append(pool.apply_async(documents, ((out[:, i : i + width], openings[i : i + width]),)))
             took = time.monotonic() - at
             longest = max(longest, took)
             log.stage(f"round {rounds}: {written} tokens in {took:.2f} s, {written / took:.0f} tokens/s")
@@ -825,9 +821,7 @@ def perplexity(model: Any, ids: Tensor) -> float:
     with torch.no_grad():
         for rows in ids.split(8):
             logits = model(input_ids=rows, use_cache=False).logits[:, :-1].double()
-            total += F.cross_entropy(
-                logits.reshape(-1, VOCAB), rows[:, 1:].reshape(-1), reduction="sum"
-            ).item()
+            total += F.cross_entropy(logits.reshape(-1, VOCAB), rows[:, 1:].reshape(-1), reduction="sum").item()
             count += rows[:, 1:].numel()
     return math.exp(total / count)
 
@@ -852,9 +846,7 @@ def measure(folder: Path, text: Path, data: np.ndarray, device: torch.device, lo
     """Reloads what was saved and measures it in fp32 on the held-out text."""
 
     def load() -> Any:
-        return (
-            transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
-        )
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device).eval()
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     raw = text.read_text()
@@ -891,9 +883,7 @@ def measure(folder: Path, text: Path, data: np.ndarray, device: torch.device, lo
     ):
         start = tokenizer(opening, return_tensors="pt").to(device)
         start.pop("token_type_ids", None)
-        out = model.generate(
-            **start, max_new_tokens=90, do_sample=True, temperature=0.7, top_k=40, pad_token_id=0
-        )
+        out = model.generate(**start, max_new_tokens=90, do_sample=True, temperature=0.7, top_k=40, pad_token_id=0)
         log(f"sample: {tokenizer.decode(out[0])!r}")
     return {key: round(value, 4) if isinstance(value, float) else value for key, value in figures.items()}
 
@@ -960,9 +950,7 @@ percent.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--out", required=True)
     parser.add_argument("--minutes-generate", type=float, default=2.5)
@@ -1055,9 +1043,7 @@ def main() -> None:
         "seed": args.seed,
     }
     figures |= measure(tiny, text / "heldout.txt", data, device, log)
-    figures["files_megabytes"] = round(
-        sum(p.stat().st_size for p in [*tiny.iterdir(), *text.iterdir()]) / 1e6, 2
-    )
+    figures["files_megabytes"] = round(sum(p.stat().st_size for p in [*tiny.iterdir(), *text.iterdir()]) / 1e6, 2)
     given = list(sys.argv[1:])
     for flag, stand_in in (("--teacher", "SMOLLM2_DIR"), ("--out", "OUT"), ("--documents", "DOCUMENTS")):
         if flag in given:

@@ -77,7 +77,9 @@ def child(depth: int) -> None:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
     with tempfile.TemporaryDirectory() as scratch:
-        options = {"calib": "bundled", "eval": "bundled", "samples": 16, "seq_len": 128}
+        text = Path(scratch) / "eval.txt"
+        text.write_text((HERE.parent.parent / "calib" / "text" / "heldout.txt").read_text()[:20000])
+        options = {"calib": "bundled", "eval": str(text), "samples": 16, "seq_len": 128}
         build(Path(scratch) / "one", 1)
         block = build(Path(scratch) / "real", depth)
         compress.run(Path(scratch) / "one", compress.GPTQ(bits=4), Path(scratch) / "a", **options)
@@ -108,8 +110,8 @@ def main() -> None:
     growth = (rows[-1]["peak"] - rows[0]["peak"]) / (DEPTHS[-1] - DEPTHS[0])
     lines = [
         "# Host memory does not grow with depth", "",
-        "`python reports/memory/bench.py --write`, GPTQ at 4 bits with evaluation, 16 x 128 calibration tokens, random-weight",
-        f"Llamas of hidden size {HIDDEN} (one block: {block / 1e6:.1f} MB in bf16), one process a depth.",
+        "`python reports/memory/bench.py --write`, GPTQ at 4 bits with evaluation, 16 x 128 calibration tokens, random",
+        f"weights, Llamas of hidden size {HIDDEN} (one block: {block / 1e6:.1f} MB in bf16), one process a depth.",
         f"Machine: 2 CPU cores, no GPU. Versions: torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}. Date of run: {time.strftime('%Y-%m-%d')}.", "",
         "| blocks | weights on disk | peak resident memory | above the warmed process | change a block added |",
@@ -127,8 +129,8 @@ def main() -> None:
         )
     lines += [
         "",
-        f"From {DEPTHS[0]} to {DEPTHS[-1]} blocks the peak changes by {100 * growth / block:+.2f}% of one block for each "
-        "block added; the bound is 5%.",
+        f"From {DEPTHS[0]} to {DEPTHS[-1]} blocks the peak changes by {100 * growth / block:+.2f}% of one block for "
+        "each block added; the bound is 5%.",
     ]
     print("\n".join(lines))
     if args.write:

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,17 +37,32 @@ def compressed(tmp_path_factory: pytest.TempPathFactory, text_file: Path) -> Cal
 
 @pytest.fixture(scope="session")
 def dense_twin() -> Callable[..., Path]:
-    """dense_twin(packed, dtype): a plain checkpoint that holds our own dequantised weights, beside the packed one."""
+    """dense_twin(packed, dtype): a plain checkpoint that holds our own dequantised weights, beside the packed one.
 
-    def write(packed: Path, dtype: torch.dtype, conv1d: bool = False) -> Path:
+    conv1d: packed layers keep their weights as [in, out]. bias_dtype, scale_dtype: to which a reader rounds theirs.
+    """
+
+    def write(
+        packed: Path,
+        dtype: torch.dtype,
+        conv1d: bool = False,
+        bias_dtype: torch.dtype | None = None,
+        scale_dtype: torch.dtype | None = None,
+    ) -> Path:
         weights = Weights(Checkpoint.open(packed))
         out = packed.with_name(f"dense-{str(dtype).removeprefix('torch.')}")
         out.mkdir()
         tensors = {}
         for name in weights.shapes():
             value = weights.read(name)
-            if conv1d and name.removesuffix(".weight") in weights.packed:
-                value = value.t()  # GPT-2 keeps [in, out]
+            layer = name.removesuffix(".weight")
+            if scale_dtype is not None and layer in weights.packed:
+                grid = weights.read_packed(layer)
+                value = replace(grid, scales=grid.scales.to(scale_dtype)).dequantize()
+            if conv1d and layer in weights.packed:
+                value = value.t()
+            if bias_dtype is not None and name.removesuffix(".bias") in weights.packed:
+                value = value.to(bias_dtype)
             tensors[name] = value.to(dtype).contiguous()
         save_file(tensors, out / "model.safetensors", {"format": "pt"})
         config = {k: v for k, v in weights.checkpoint.config.items() if k != "quantization_config"}

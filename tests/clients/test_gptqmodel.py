@@ -1,14 +1,16 @@
 """GPTQ checkpoints in their clients on a CPU: transformers with optimum and gptqmodel, and gptqmodel's own loader.
 
 Equal to the last bit: gptqmodel's plain kernels round (code - zero) * scale to float16 once, as our dequantised weights
-are, and both models then multiply in the same dtype with the same torch.
+are, and both models then multiply in the same dtype with the same torch. Readers keep the biases of packed layers in
+float16, so the model compared with has them rounded. Only GPT-2 in float16 is a last bit away (0.002 for logits between
+2 and 4): its own layer adds the bias inside the product, gptqmodel's kernel after it.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -36,13 +38,21 @@ SIZES = {
 MODELS = {
     "llama": LlamaConfig(**SIZES),
     "llama tied": LlamaConfig(**SIZES, tie_word_embeddings=True),
+    "llama biased": LlamaConfig(**SIZES, attention_bias=True, mlp_bias=True),
     "gpt2": GPT2Config(**IDS, n_embd=64, n_layer=2, n_head=4, n_positions=128),
     "qwen3_moe": Qwen3MoeConfig(
         **SIZES, head_dim=32, moe_intermediate_size=64, num_experts=4, num_experts_per_tok=2, mlp_only_layers=[]
     ),
 }
-GPT2_INIT = "AttributeError: '{}' object has no attribute"
-WIDE_GROUP = "_weight_int4pack_mm_cpu: expect qGroupSize to be 32, 64, 128 or 256, got 192"
+# answers that are about the client, with the way around
+WIDE_GROUP = "_weight_int4pack_mm_cpu: expect qGroupSize to be 32, 64, 128 or 256, got 192"  # backend="torch"
+GPT2_INIT = (
+    "'TorchCpuAvx512Linear' object has no attribute 'weight'"  # transformers' own _init_weights; gptqmodel loads
+)
+ASYMMETRIC_V1 = "only supported if produced by gptqmodel version >= 0.9.0"  # transformers, or gptq_v2
+
+
+OWN: dict[str, Any] = {"loader": "gptqmodel", "backend": "torch"}
 
 
 @dataclass(frozen=True)
@@ -90,14 +100,17 @@ CASES = [
     Case(GPTQ(group_size=32), exclude=("*.down_proj",)),
     Case(GPTQ(group_size=32, symmetric=False), exclude=("*.self_attn.*",)),
     Case(GPTQ(group_size=32), "qwen3_moe", exclude=("*.experts.*",)),
-    Case(GPTQ(group_size=32), "gpt2", refusal="AttributeError: 'TorchCpuAvx512Linear' object has no attribute 'weight'"),
+    Case(GPTQ(group_size=32), "llama biased"),
     Case(GPTQ(group_size=32), "gpt2", exclude=("*.c_proj",)),
-    *(Case(GPTQ(bits=b, group_size=32, symmetric=s), "gpt2", loader="gptqmodel", backend="torch") for b in (3, 4) for s in (True, False)),
-    Case(GPTQ(group_size=32, act_order="groups"), "gpt2", loader="gptqmodel", backend="torch"),
-    Case(GPTQ(group_size=32), loader="gptqmodel", backend="torch"),
-    Case(GPTQ(group_size=32, symmetric=False), loader="gptqmodel", backend="torch", exclude=("*.self_attn.*",)),
-    Case(GPTQ(group_size=-1), loader="gptqmodel", backend="torch"),
-    Case(GPTQ(group_size=32, symmetric=False), loader="gptqmodel", backend="torch", format="gptq_v2"),
+    Case(GPTQ(group_size=32), "gpt2", refusal=GPT2_INIT),
+    *(Case(GPTQ(bits=b, group_size=32), "gpt2", **OWN) for b in (3, 4)),
+    *(Case(GPTQ(bits=b, group_size=32, symmetric=False), "gpt2", **OWN, format="gptq_v2") for b in (3, 4)),
+    Case(GPTQ(group_size=32, act_order="groups"), "gpt2", **OWN),
+    Case(GPTQ(group_size=32), **OWN),
+    Case(GPTQ(group_size=-1), **OWN),
+    Case(GPTQ(group_size=32), **OWN, exclude=("*.down_proj",)),
+    Case(GPTQ(group_size=32, symmetric=False), **OWN, refusal=ASYMMETRIC_V1),
+    Case(GPTQ(group_size=32, symmetric=False), **OWN, format="gptq_v2"),
 ]
 
 
@@ -112,7 +125,9 @@ def answers(
     for case in CASES:
         key = (case.model, case.dtype)
         if key not in sources:
-            sources[key] = make_model(MODELS[case.model], tmp_path_factory.mktemp("source") / "model", tokenizer, case.dtype)
+            sources[key] = make_model(
+                MODELS[case.model], tmp_path_factory.mktemp("source") / "model", tokenizer, case.dtype
+            )
         folders.append(compressed(sources[key], case.method, format=case.format, exclude=case.exclude))
     out = tmp_path_factory.mktemp("answers")
     asks = [{"folder": str(f), "loader": c.loader, "backend": c.backend} for f, c in zip(folders, CASES, strict=True)]
@@ -132,13 +147,13 @@ def test_case(number: int, answers: Any, dense_twin: Callable[..., Path], answer
         return
     assert not error, error
     dtype = torch.float16 if case.loader == "gptqmodel" else torch.float32
-    model = AutoModelForCausalLM.from_pretrained(dense_twin(folders[number], dtype, conv1d=case.model == "gpt2"))
+    twin = dense_twin(folders[number], dtype, conv1d=case.model == "gpt2", bias_dtype=torch.float16)
     with torch.no_grad():
-        ours = model.eval()(TOKENS).logits
+        ours = AutoModelForCausalLM.from_pretrained(twin).eval()(TOKENS).logits
     with safe_open(out / f"{number}.safetensors", "pt") as file:
         theirs, kernels = file.get_tensor("logits"), file.metadata()["kernels"]
     far, _ = answer(f"{case.loader}, {kernels}", str(case), ours, theirs)
-    assert far == 0.0
+    assert far <= (0.004 if (case.model, case.loader) == ("gpt2", "gptqmodel") else 0.0)
 
 
 def test_negated_scales(answers: Any) -> None:

@@ -73,7 +73,13 @@ def name(value: object) -> str | None:
 @pytest.mark.parametrize(("group_size", "symmetric"), [(32, True), (64, True), (-1, True), (32, False), (-1, False)])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 def test_llama(
-    bits: int, group_size: int, symmetric: bool, dtype: torch.dtype, source: Any, compressed: Any, dense_twin: Any,
+    bits: int,
+    group_size: int,
+    symmetric: bool,
+    dtype: torch.dtype,
+    source: Any,
+    compressed: Any,
+    dense_twin: Any,
     answer: Any,
 ) -> None:
     packed = compressed(source(LLAMA, dtype), GPTQ(bits=bits, group_size=group_size, symmetric=symmetric))
@@ -116,9 +122,7 @@ def test_layers_left_dense(symmetric: bool, source: Any, compressed: Any, dense_
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name)
 @pytest.mark.parametrize("family", EXPERTS)
-def test_experts(
-    family: str, dtype: torch.dtype, source: Any, compressed: Any, dense_twin: Any, answer: Any
-) -> None:
+def test_experts(family: str, dtype: torch.dtype, source: Any, compressed: Any, dense_twin: Any, answer: Any) -> None:
     packed = compressed(source(EXPERTS[family], dtype), GPTQ(group_size=32))
     stored = load_file(packed / "model.safetensors")
     assert sum("experts" in n and n.endswith("weight_packed") for n in stored) == 2 * 4 * 3

@@ -133,31 +133,36 @@ def or_nearest(q: Tensor, weight: Tensor, hessian: Tensor, packed: UniformGrid) 
     return torch.where(worse[:, None], nearest, q)
 
 
-def expected_levels(method: GPTQ, weight: Tensor, hessian: Tensor, packed: UniformGrid, reference) -> Tensor:  # type: ignore[no-untyped-def]
-    """The reference's levels on the grid of `packed`, or round-to-nearest's."""
+def expected_weights(method: GPTQ, weight: Tensor, hessian: Tensor, packed: UniformGrid, reference) -> Tensor:  # type: ignore[no-untyped-def]
+    """float64 [out, in]: the reference's weights on the grid of `packed`, or round-to-nearest's."""
     scale, low, high = grids_of(packed)
 
     def rounder(i: int, w: Tensor) -> Tensor:
-        return divided(w[:, i], scale[:, i]).clamp(low[:, i], high[:, i]) * scale[:, i]
+        k = divided(w[:, i], scale[:, i]).clamp(low[:, i], high[:, i])
+        return (k * scale[:, i]).to(packed.scales.dtype).double()
 
     order = list(range(len(hessian)))
     if method.act_order != "none":
         order.sort(key=lambda i: -float(hessian[i, i]))
     q = reference(weight, damped(hessian, method.damp_percent), order, rounder)
-    return (or_nearest(q, weight, hessian, packed) / scale).round()
+    return or_nearest(q, weight, hessian, packed)
 
 
 @pytest.mark.parametrize("reference", [by_elimination, by_solving])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize("symmetric", [True, False])
-def test_equals_the_published_algorithm(bits: int, symmetric: bool, reference: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, BF16])
+def test_equals_the_published_algorithm(
+    bits: int, symmetric: bool, reference: Callable[..., Tensor], dtype: torch.dtype
+) -> None:
+    """Weight for weight; the error of a column is that of the weight as it will be read, so bf16 shows at 8 bits."""
     for seed in range(4):
         weight, hessian = problem(seed, columns=20)
         for size, order in ((-1, "none"), (-1, "static"), (8, "static")):
             method = replace(PLAIN, bits=bits, symmetric=symmetric, group_size=size, act_order=order)
-            packed = packed_of(solve(method, weight, hessian))
-            wanted = expected_levels(method, weight, hessian, packed, reference)
-            assert torch.equal(levels_of(packed), wanted)
+            packed = packed_of(solve(method, weight, hessian, dtype))
+            wanted = expected_weights(method, weight, hessian, packed, reference)
+            assert torch.equal(packed.dequantize().double(), wanted)
 
 
 def fresh_rounder(method: GPTQ, hessian: Tensor, scales: list[Tensor], zeros: list[Tensor]) -> Rounder:
@@ -196,16 +201,48 @@ def test_scales_come_from_the_updated_weights(size: int, search: bool, symmetric
         assert torch.equal(packed.dequantize().double(), or_nearest(q, weight, hessian, packed))
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("size", [-1, 8])
+def test_static_scales_come_from_the_original_weights(size: int, symmetric: bool) -> None:
+    """Searched under the error weighted by H's diagonal."""
+    weight, hessian = problem(2)
+    packed = packed_of(
+        solve(
+            replace(PLAIN, group_size=size, symmetric=symmetric, act_order="static", scale_search=True), weight, hessian
+        )
+    )
+    fitted = grid.fit(weight, 3, size, symmetric, torch.float32, True, hessian.diagonal())
+    assert torch.equal(packed.scales, fitted.scale)
+    blind = grid.fit(weight, 3, size, symmetric, torch.float32, True)
+    assert not torch.equal(packed.scales, blind.scale)
+
+
+@pytest.mark.parametrize("block", [1, 7, 128])
+def test_sweep_leaves_its_inputs(block: int) -> None:
+    weight, hessian = problem(2)
+    _, factor, _ = gptq.factorise(hessian, torch.zeros(24, dtype=torch.bool), 0.01)
+    inverse = torch.linalg.inv(damped(hessian, 0.01))
+    torch.testing.assert_close(
+        factor.double().T @ factor.double(), inverse, rtol=1e-3, atol=1e-3 * float(inverse.max())
+    )
+    w, scale, zero = weight.t().contiguous(), torch.full((24, 12), 0.02), torch.full((24, 12), 3.0)
+    copies = [t.clone() for t in (w, factor, scale, zero)]
+    loops.sweep(w, factor, scale, zero, 3, BF16, block)
+    loops.sweep(w, factor, scale, None, 3, BF16, block)
+    assert all(torch.equal(now, before) for now, before in zip((w, factor, scale, zero), copies, strict=True))
+
+
 def test_never_below_the_optimum_and_near_it() -> None:
-    """All codes of a row tried in float64."""
+    """All codes of a row tried in float64. Of 1000 rows like these GPTQ alone finds the best codes for 74 % (its loss
+    1.15 times the optimum, geometric mean), with descent 83 % (1.08): the bounds leave room for 144 rows.
+    """
     plain = GPTQ(2, -1, refit=False, descent=0, damp_percent=1e-3)
-    polished = replace(plain, descent=8)
-    ratios: dict[GPTQ, list[Tensor]] = {plain: [], polished: []}
-    for seed in SEEDS:
+    ratios: dict[int, list[Tensor]] = {0: [], 8: []}
+    for seed in range(24):
         columns = 4 + seed % 3
         weight, hessian = problem(seed, rows=6, columns=columns)
-        for method, found in ratios.items():
-            packed = packed_of(solve(method, weight, hessian))
+        for sweeps, found in ratios.items():
+            packed = packed_of(solve(replace(plain, descent=sweeps), weight, hessian))
             codes = torch.tensor(list(itertools.product(range(-2, 2), repeat=columns)), dtype=torch.float64)
             every = codes[None] * packed.scales.double()[:, :, None]  # [rows, 4^columns, columns]
             error = weight.double()[:, None] - every
@@ -213,10 +250,10 @@ def test_never_below_the_optimum_and_near_it() -> None:
             ours = loss(packed, weight, hessian)
             assert bool((ours >= best * (1 - 1e-9)).all())
             found.append(ours / best)
-    means = [float(torch.cat(found).mean()) for found in ratios.values()]
-    assert means[0] < 1.5
-    assert means[1] < 1.1
-    assert means[1] < means[0]
+    for sweeps, factor, share in ((0, 1.35, 0.6), (8, 1.2, 0.7)):
+        ratio = torch.cat(ratios[sweeps])
+        assert float(ratio.log().mean().exp()) < factor
+        assert float((ratio < 1 + 1e-9).double().mean()) > share
 
 
 @pytest.mark.parametrize("act_order", ORDERS)
@@ -308,21 +345,26 @@ EXTRAS = {
     "act order": (PLAIN, {"act_order": "static"}),
     "act order in groups": (replace(PLAIN, group_size=16), {"act_order": "static"}),
     "act order that groups follow": (replace(PLAIN, group_size=16), {"act_order": "groups"}),
-    "asymmetric": (GPTQ(3, 16), {"symmetric": False}),
 }
+
+
+def total_loss(method: GPTQ) -> float:
+    problems = [problem(seed, rows=16, columns=48) for seed in SEEDS]
+    return sum(float(loss(packed_of(solve(method, w, h)), w, h).sum()) for w, h in problems)
 
 
 @pytest.mark.parametrize("name", EXTRAS)
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_each_extra_helps_on_average(name: str, bits: int) -> None:
     before, change = EXTRAS[name]
-    without, with_it = 0.0, 0.0
-    for seed in SEEDS:
-        weight, hessian = problem(seed, rows=16, columns=48)
-        plain = replace(before, bits=bits)
-        without += float(loss(packed_of(solve(plain, weight, hessian)), weight, hessian).sum())
-        with_it += float(loss(packed_of(solve(replace(plain, **change), weight, hessian)), weight, hessian).sum())
-    assert with_it < without
+    plain = replace(before, bits=bits)
+    assert total_loss(replace(plain, **change)) < total_loss(plain)
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_zero_points_help_on_average(bits: int) -> None:
+    """Not at 2 bits: there the two signs of a symmetric scale are the two zero points that matter."""
+    assert total_loss(GPTQ(bits, 16, symmetric=False)) < total_loss(GPTQ(bits, 16))
 
 
 def scaled(k: Tensor, grids: Grid, size: int) -> Tensor:
@@ -421,6 +463,24 @@ def test_descent_takes_the_best_level_of_each_column(symmetric: bool) -> None:
                 tries.append(quadratic(weight - trial * scale, hessian))
             twin[:, j] = low[:, 0] + torch.stack(tries).argmin(0)
         assert torch.equal(ours.double(), twin)
+
+
+@pytest.mark.parametrize("bits", [3, 8])
+def test_descent_moves_with_the_weights_as_they_are_read(bits: int) -> None:
+    """With bf16 scales the loop works on rounded products: a float64 twin, level for level."""
+    for seed in range(4):
+        weight, hessian = problem(seed)
+        fitted = grid.fit(weight, bits, 8, True, BF16)
+        groups = group_index(24, 8)
+        scale = fitted.scale[:, groups]
+        k = grid.nearest(weight, scale, fitted.low[:, groups], fitted.high[:, groups])
+        now, h = grid.value(k, scale, BF16).double(), hessian.double()
+        wanted = k.clone()
+        for j in range(24):
+            best = now[:, j] + ((weight.double() - now) @ h[:, j]) / h[j, j]
+            wanted[:, j] = divided(best, scale[:, j]).clamp(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1).float()
+            now[:, j] = grid.value(wanted[:, j], scale[:, j], BF16).double()
+        assert torch.equal(descended(k, weight, hessian, fitted, 8, True, block=7), wanted)
 
 
 @pytest.mark.parametrize("act_order", ORDERS)

@@ -1,0 +1,96 @@
+"""Hessians against a plain float64 sum of what a hook on each layer saw."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.blocks import BlockModel
+from compress.checkpoint import Checkpoint
+from compress.errors import CompressError
+from compress.hidden import Activations
+from compress.stats import collect
+from compress.weights import Weights
+
+
+def flow_of(folder: Path, tmp_path: Path, size: int = 3) -> tuple[BlockModel, Activations]:
+    model = BlockModel(Weights(Checkpoint.open(folder)), torch.float32, torch.device("cpu"))
+    tokens = torch.randint(0, 300, (8, 24), generator=torch.Generator().manual_seed(0))
+    flow = Activations(model, tokens, size, tmp_path / "spill")
+    flow.enter()
+    model.load(0)
+    return model, flow
+
+
+def test_every_hessian_is_the_mean_outer_product(toy: Path, tmp_path: Path) -> None:
+    model, flow = flow_of(toy, tmp_path)
+    seen: dict[str, list[torch.Tensor]] = {}
+    handles = []
+    for linear in model.linears(0):
+        module = model.model.get_submodule(linear.param.removesuffix(".weight"))
+        store = seen.setdefault(linear.name, [])
+        handles.append(
+            module.register_forward_pre_hook(lambda m, a, store=store: store.append(a[0].flatten(0, 1).double()))
+        )
+    for _ in flow.through(0):
+        pass
+    for handle in handles:
+        handle.remove()
+    groups = collect(model, 0, model.linears(0), flow)
+    assert [len(g.linears) for g in groups] == [3, 1, 2, 1], "q k v share, gate and up share"
+    for group in groups:
+        assert group.stats.tokens == 8 * 24
+        assert group.stats.hessian is not None
+        for linear in group.linears:
+            x = torch.cat(seen[linear.name])
+            assert torch.allclose(group.stats.hessian.double(), x.t() @ x / len(x), rtol=1e-4, atol=1e-6)
+
+
+def test_batch_size_changes_rounding_only(toy: Path, tmp_path: Path) -> None:
+    results = []
+    for size in (1, 8):
+        model, flow = flow_of(toy, tmp_path, size)
+        results.append(collect(model, 0, model.linears(0), flow))
+    for a, b in zip(*results, strict=True):
+        assert a.stats.hessian is not None
+        assert b.stats.hessian is not None
+        assert torch.allclose(a.stats.hessian, b.stats.hessian, rtol=1e-4, atol=1e-6)
+
+
+def test_experts_see_their_own_tokens(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+    """The Hessian of each expert is that of the tokens its router sent, found here by hand."""
+    from transformers import Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        hidden_size=32, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, vocab_size=320, num_experts=4, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model, flow = flow_of(make_model(config, tmp_path / "moe"), tmp_path)
+    block = model.model.get_submodule(model.block_names[0])
+    inputs: list[torch.Tensor] = []
+    handle = block.mlp.register_forward_pre_hook(lambda m, a: inputs.append(a[0].flatten(0, 1)))
+    groups = collect(model, 0, model.linears(0), flow)
+    handle.remove()
+    x = torch.cat(inputs)
+    chosen = (x @ block.mlp.gate.weight.t()).softmax(-1).topk(2).indices
+    for group in groups:
+        expert = group.linears[0].expert
+        if expert is None:
+            continue
+        mine = x[(chosen == expert).any(1)]
+        assert group.stats.tokens == len(mine)
+        if group.linears[0].shape[1] == 32:
+            assert [n.name.rpartition(".")[2] for n in group.linears] == ["gate_proj", "up_proj"]
+            assert group.stats.hessian is not None
+            assert torch.allclose(group.stats.hessian, mine.t() @ mine / len(mine), rtol=1e-3, atol=1e-6)
+
+
+def test_overflowing_activation_names_the_layer(toy: Path, tmp_path: Path) -> None:
+    model, flow = flow_of(toy, tmp_path)
+    norm = model.model.get_parameter("model.layers.0.post_attention_layernorm.weight")
+    norm.data.fill_(1e25)
+    with pytest.raises(CompressError, match=r"gate_proj.*NaN or infinity"):
+        collect(model, 0, model.linears(0), flow)
