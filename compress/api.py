@@ -17,8 +17,7 @@ from compress.blocks import load_config, quiet_transformers
 from compress.calibration import EvalText, Rows, calibration_rows, evaluation_tokens
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
-from compress.evaluate.perplexity import Score, cut_windows
-from compress.evaluate.perplexity import evaluate
+from compress.evaluate.perplexity import Score, cut_windows, evaluate
 from compress.formats import FORMATS
 from compress.journal import check_output
 from compress.options import Options

@@ -99,6 +99,9 @@ class BlockModel:
         self.model.config.use_cache = False
         self._list_name, self._blocks = _decoder_blocks(self.model, weights.folder)
         self._parts, self.unexpected = _disk_names(self.model, weights)
+        buffers = dict(self.model.named_buffers())
+        for name in [n for n in self._parts if n in buffers]:  # small, so they are loaded once and for all
+            buffers[name].copy_(weights.read(self._parts.pop(name)[0].name))
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._tuple: bool | None = None
         self._ready = False
@@ -486,7 +489,7 @@ def _disk_names(model: Any, weights: Weights) -> tuple[dict[str, list[_Part]], l
     """Which disk tensors make each parameter, through transformers' renamings and converters.
 
     Returns:
-        parameter -> parts; disk tensors that belong to no parameter.
+        parameter or saved buffer -> parts; disk tensors that belong to neither.
 
     Raises:
         CompressError: a parameter without a tensor, a shape that does not fit, a fusion we cannot undo.
@@ -499,7 +502,7 @@ def _disk_names(model: Any, weights: Weights) -> tuple[dict[str, list[_Part]], l
     renamings = [m for m in mapping if not isinstance(m, WeightConverter)]
     by_pattern = {p: c for c in converters for p in c.source_patterns}
     params = dict(model.named_parameters(remove_duplicate=False))
-    known = {**params, **dict(model.named_buffers())}
+    known = {**params, **model.state_dict(keep_vars=True)}  # parameters and the buffers that are saved
     shapes = weights.shapes_cache()
     parts: dict[str, list[_Part]] = {}
     unexpected = []
@@ -514,7 +517,7 @@ def _disk_names(model: Any, weights: Weights) -> tuple[dict[str, list[_Part]], l
     for found in parts.values():
         found.sort(key=lambda p: (p.expert or 0, p.order))
     _check(parts, params, shapes, model, weights)
-    ordered = {p: parts[p] for p in params if p in parts}
+    ordered = {n: parts[n] for n in known if n in parts}
     return ordered, unexpected
 
 

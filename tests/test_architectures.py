@@ -163,3 +163,25 @@ def test_what_a_format_cannot_hold_is_refused(
                      samples=4, seq_len=32)  # fmt: skip
     assert caught.value.remedy
     assert not (tmp_path / "out").exists()
+
+
+def test_saved_buffers_are_loaded(tmp_path: Path, make_model: Callable[..., Path], rows: torch.Tensor) -> None:
+    """A buffer that is saved with the weights (DeepSeek's expert bias) carries its value into the streamed model."""
+    from transformers import DeepseekV3Config
+
+    config = DeepseekV3Config(
+        hidden_size=64, intermediate_size=96, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, vocab_size=320, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
+        first_k_dense_replace=1, q_lora_rank=32, kv_lora_rank=32, qk_rope_head_dim=16, qk_nope_head_dim=16,
+        v_head_dim=16, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    folder = make_model(config, tmp_path / "deepseek")
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(folder / "model.safetensors")
+    biases = [n for n in tensors if "e_score_correction_bias" in n]
+    assert biases
+    save_file({**tensors, **{n: torch.tensor([0.0, 3.0, 1.0, -2.0]) for n in biases}}, folder / "model.safetensors",
+              metadata={"format": "pt"})  # fmt: skip
+    whole = dense_logits(folder, rows)
+    assert torch.allclose(streamed_logits(folder, rows), whole, atol=1e-5 * float(whole.abs().max()))

@@ -2,9 +2,9 @@
 
     python reports/demo-speed/bench.py PEER_PYTHON [--runs 3] [--write]
 
-PEER_PYTHON is the python of an environment with llmcompressor (it cannot share ours: it pins an older transformers).
-Each run is a process that loads the bundled model and the rows, then compresses and writes the checkpoint; timed is that
-second part, from loaded libraries to files on disk. Runs alternate, the medians and their ratio are printed. Both
+PEER_PYTHON is the python of an environment with llmcompressor, which pins an older transformers than ours.
+Each run is a process that loads libraries, then the model and the rows, compresses and writes the checkpoint; timed is the
+part behind the libraries, up to files on disk. Runs alternate, the medians and their ratio are printed. Both
 results are scored by our evaluator in float32 on the held-out text.
 """
 
@@ -123,8 +123,8 @@ def report(peer: str, times: dict[str, list[float]], scores: dict[str, Any]) -> 
         "",
         "`python reports/demo-speed/bench.py PEER_PYTHON --write`: the bundled model, 128 x 256 tokens, 4 bits, group "
         f"{GROUP}, symmetric, 2 threads each, runs alternating; from loaded libraries to files on disk.",
-        f"Machine: 2 CPU cores, no GPU. Ours: torch {torch.__version__}, transformers {transformers.__version__}, Python "
-        f"{platform.python_version()}. Peer: {', '.join(f'{k} {v}' for k, v in versions.items())}. "
+        f"Machine: 2 CPU cores, no GPU. Ours: torch {torch.__version__}, transformers {transformers.__version__}, "
+        f"Python {platform.python_version()}. Peer: {', '.join(f'{k} {v}' for k, v in versions.items())}. "
         f"Date of run: {time.strftime('%Y-%m-%d')}.",
         "",
         "| | seconds (median) | all runs | perplexity | KL from the original |",
