@@ -21,7 +21,7 @@ from compress.evaluate.perplexity import Score, cut_windows, evaluate
 from compress.formats import FORMATS
 from compress.journal import check_output
 from compress.options import Options
-from compress.pipeline import Job, Progress, Result, Status, compress_checkpoint, default_dtype
+from compress.pipeline import Job, Progress, Result, Status, compress_checkpoint, default_dtype, open_dense
 from compress.plan import check_room
 from compress.types import Needs, Pass
 
@@ -68,7 +68,7 @@ def make_job(model: str, method: Pass, options: Options, progress: Progress | No
     name = BUNDLED if model == BUNDLED else Path(os.path.abspath(Path(model).expanduser())).name
     out = options.out or Path(f"{name}-{method.name}-{method.storage.bits}bit")
     # what can be refused at once is, before texts are fetched and tokenised
-    Checkpoint.open(source, options.allow_pickle)
+    open_dense(source, options.allow_pickle)
     longest = context_length(source, options.trust_remote_code)
     rows = text = None
     if not dry:

@@ -550,15 +550,15 @@ def _check(
     if missing:
         what = f"{len(missing)} of {len(params)} parameters have no tensor in the files, first {missing[0]}"
         raise CompressError(what, str(weights.folder), "the checkpoint is incomplete: download it again")
-    for name, found in parts.items():
-        if name not in params:  # a buffer
-            continue
-        param = params[name]
+    for name, param in params.items():
+        found = parts.get(name, [])
         for part in found:
             dtype = weights.dtype(part.name)
             if param.is_floating_point() and not (dtype.is_floating_point and dtype.itemsize > 1):
                 what = f"stored as {str(dtype).removeprefix('torch.')}, not as 16- or 32-bit floats"
                 raise CompressError(what, part.name, "pass the original checkpoint (is this one quantised?)")
+        if not found:
+            continue
         if found[0].expert is not None:
             _check_experts(name, tuple(param.shape), found, shapes)
             continue

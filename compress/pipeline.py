@@ -144,13 +144,7 @@ def open_model(job: Job, pickle_cache: Path | None = None) -> tuple[Weights, Blo
     Raises:
         CompressError: input that cannot be used.
     """
-    checkpoint = Checkpoint.open(job.source, job.allow_pickle, pickle_cache)
-    declared = checkpoint.config.get("quantization_config")
-    if declared is not None:
-        method = declared.get("quant_method") if isinstance(declared, dict) else type(declared).__name__
-        what = f"the input is already quantised (quantization_config: {method})"
-        raise CompressError(what, str(job.source / "config.json"), "pass the original model")
-    weights = Weights(checkpoint)
+    weights = Weights(open_dense(job.source, job.allow_pickle, pickle_cache))
     probe = BlockModel(weights, torch.float32, job.device, job.trust_remote_code)
     first = next((x for i in range(len(probe.block_names)) for x in probe.linears(i)), None)
     if first is None:
@@ -158,6 +152,17 @@ def open_model(job: Job, pickle_cache: Path | None = None) -> tuple[Weights, Blo
         raise CompressError(what, str(job.source), "this architecture is not supported")
     probe.dtype = job.dtype or default_dtype(weights.dtype(first.name + ".weight"), job.device)
     return weights, probe
+
+
+def open_dense(source: Path, allow_pickle: bool = False, pickle_cache: Path | None = None) -> Checkpoint:
+    """`Checkpoint.open` of a checkpoint that nothing has quantised yet. Raises CompressError."""
+    checkpoint = Checkpoint.open(source, allow_pickle, pickle_cache)
+    declared = checkpoint.config.get("quantization_config")
+    if declared is not None:
+        method = declared.get("quant_method") if isinstance(declared, dict) else type(declared).__name__
+        what = f"the input is already quantised (quantization_config: {method})"
+        raise CompressError(what, str(source / "config.json"), "pass the original model")
+    return checkpoint
 
 
 def default_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:

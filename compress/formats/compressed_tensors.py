@@ -6,7 +6,9 @@ packed down the columns. Facts that shape this file:
 - quantization_status must be "compressed": with any other value transformers keeps random weights without an error;
 - asymmetric files need "dequantize": true (compressed-tensors 0.18 to 0.20 mis-shape the zero point otherwise);
 - no act-order keys and no g_idx: current readers refuse them, so groups are stored in natural column order;
-- 3, 5, 6 and 7 bits are packed densely, which needs compressed-tensors 0.18 or newer.
+- 3, 5, 6 and 7 bits are packed densely, which needs compressed-tensors 0.18 or newer;
+- vLLM counts routers among the linear layers, transformers does not: they are ignored by pattern;
+- transformers fills fused experts from packed tensors alone: dense ones beside them stay random.
 """
 
 from __future__ import annotations
@@ -28,6 +30,9 @@ NAME = "compressed-tensors"
 METHOD = "compressed-tensors"
 MAIN = "weight_packed"
 SUFFIXES = ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+_EXPERTS = re.compile(r"\.experts\.")
+_FUSED_EXPERTS = re.compile(r"\.experts\.[^.\d][^.]*$")
+_ROUTERS = r".*\.(gate|router|shared_expert_gate)$"
 
 
 class CompressedTensors:
@@ -91,7 +96,19 @@ class CompressedTensors:
     def config(
         self, storages: Mapping[str, Storage], ignored: Sequence[str], dense_on_load: bool = False
     ) -> dict[str, Any]:
-        """quantization_config for config.json: one group a distinct storage."""
+        """quantization_config for config.json: one group a distinct storage.
+
+        Raises:
+            CompressError: experts that stay dense beside packed layers.
+        """
+        dense = next((n for n in ignored if _FUSED_EXPERTS.search(n)), None)
+        if dense is not None:
+            raise CompressError(
+                "transformers leaves dense experts random when other layers are packed in compressed-tensors",
+                f"layer {dense}",
+                "compress every expert, or use --format gptq",
+            )
+        routers = any(_EXPERTS.search(n) for n in storages) and not any(re.match(_ROUTERS, n) for n in storages)
         kinds = sorted(set(storages.values()), key=lambda s: (s.bits, s.group_size, s.symmetric))
         groups = {}
         for i, storage in enumerate(kinds):
@@ -116,7 +133,7 @@ class CompressedTensors:
             "format": "pack-quantized",
             "quantization_status": "compressed",
             "config_groups": groups,
-            "ignore": sorted(ignored),
+            "ignore": sorted(ignored) + ["re:" + _ROUTERS] * routers,
             "kv_cache_scheme": None,
             "sparsity_config": {},
             "transform_config": {},

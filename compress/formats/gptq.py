@@ -140,6 +140,8 @@ class GPTQFormat:
         if left:
             value["modules_in_block_to_quantize"] = [sorted(kept)]
             value["dynamic"] = {rf"-:.*\.{re.escape(suffix)}$": {} for suffix in sorted(left)}
+            if any("experts." in suffix for suffix in left):  # readers have them as one module, or one an expert
+                value["dynamic"][r"-:.*\.experts(\..*)?$"] = {}
         return value
 
     def files(self, quantization_config: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
     python reports/demo-speed/bench.py PEER_PYTHON [--runs 3] [--write]
 
 PEER_PYTHON is the python of an environment with llmcompressor, which pins an older transformers than ours.
-Each run is a process that loads libraries, then the model and the rows, compresses and writes the checkpoint; timed is the
+Each run is a process that loads libraries, then model and rows, compresses and writes the checkpoint; timed is the
 part behind the libraries, up to files on disk. Runs alternate, the medians and their ratio are printed. Both
 results are scored by our evaluator in float32 on the held-out text.
 """

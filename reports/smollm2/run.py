@@ -1,6 +1,6 @@
 """SmolLM2-135M on one GPU: dense, RTN and GPTQ at 4 and 3 bits, each switch of GPTQ alone, and where the time goes.
 
-    python reports/smollm2/run.py MODEL CALIB.txt EVAL.txt OUT [--quick]
+    python reports/smollm2/run.py MODEL CALIB.txt EVAL.txt OUT [--no-ablation] [--quick]
 
 MODEL is a bf16 folder of SmolLM2-135M-Instruct. OUT receives report.md and report.json. Perplexity, KL and agreement
 are computed in float32 from the files as written.
@@ -53,6 +53,7 @@ def main() -> None:
     parser.add_argument("eval", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--quick", action="store_true", help="few rows and one bit width, to try the script")
+    parser.add_argument("--no-ablation", action="store_true", help="dense, RTN and GPTQ only")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     rows = ["--samples", "4", "--seq-len", "128"] if args.quick else []
@@ -65,7 +66,7 @@ def main() -> None:
     lines += ["| model | perplexity | KL from the original, nats a token | same top token | bits a weight | seconds |"]
     lines += ["|---|---|---|---|---|---|"]
     cases = [(n, m, o) for n, m, o in MAIN]
-    for bits in (4,) if args.quick else (4, 3):
+    for bits in () if args.no_ablation else (4,) if args.quick else (4, 3):
         cases += [(f"{bits} bits: {n}", compress.GPTQ(bits=bits, group_size=64, **s), o) for n, s, o in ABLATION]
     for name, method, extra in cases:
         record = one(args, name, method, {**options, **extra}, tokens, window)

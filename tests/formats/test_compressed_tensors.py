@@ -230,7 +230,8 @@ def test_their_package_parses_the_config() -> None:
 
 def test_mixed_settings_name_their_layers() -> None:
     few, many = layer(32, 64, 3, 32, True), layer(32, 64, 8, -1, False)
-    names = {f"model.layers.{i}.mlp.down_proj": (few if i in (1, 10) else many) for i in range(12)}
+    names = {f"model.layers.{i}.mlp.down_proj": (few if i == 1 else many) for i in range(10)}
+    names |= {"model.layers.0.mlp.w1": few, "model.layers.0.mlp.w10": many}  # one name begins with the other
     config = json.loads(json.dumps(FORMAT.config({n: p.storage for n, p in names.items()}, [])))
     QuantizationConfig.model_validate(copy.deepcopy(config))
     assert config["dequantize"] is True

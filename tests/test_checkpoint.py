@@ -1,0 +1,254 @@
+"""checkpoint.py: what is written is read back, byte for byte, by us and by safetensors; half a file is never left."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from compress import checkpoint
+from compress.checkpoint import (
+    Checkpoint,
+    Stored,
+    hash_files,
+    read_header,
+    read_json,
+    read_tensor,
+    save_tensors,
+    tensor_bytes,
+    write_json,
+    write_shards,
+    write_text,
+)
+from compress.errors import CompressError
+
+DTYPES = [
+    torch.float64,
+    torch.float32,
+    torch.bfloat16,
+    torch.float16,
+    torch.int64,
+    torch.int32,
+    torch.int8,
+    torch.uint8,
+]
+shapes = st.lists(st.integers(0, 5), max_size=3)
+
+
+def random(shape: list[int], dtype: torch.dtype, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-100, 100, shape, generator=generator).to(dtype)
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+
+
+@settings(deadline=None, max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(shapes, st.sampled_from(DTYPES)), max_size=6))
+def test_saved_tensors_come_back(tmp_path: Path, wanted: list[tuple[list[int], torch.dtype]]) -> None:
+    file = tmp_path / "some.safetensors"
+    tensors = {f"t{i}": random(shape, dtype, i) for i, (shape, dtype) in enumerate(wanted)}
+    digest = save_tensors(file, tensors)
+    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
+    theirs, ours = load_file(file), read_header(file)
+    assert theirs.keys() == ours.keys() == tensors.keys()
+    for name, value in tensors.items():
+        assert same(theirs[name], value)
+        assert same(read_tensor(ours[name], name), value)
+        assert ours[name].numel == value.numel()
+
+
+def test_theirs_are_read(tmp_path: Path) -> None:
+    tensors = {str(d): random([3, 4], d) for d in DTYPES} | {"bool": torch.tensor([True, False])}
+    tensors |= {"f8": torch.ones(3).to(torch.float8_e4m3fn), "scalar": torch.tensor(5.0)}
+    save_file(tensors, tmp_path / "a.safetensors", metadata={"format": "pt"})
+    for name, stored in read_header(tmp_path / "a.safetensors").items():
+        found = read_tensor(stored, name)
+        assert found.dtype == tensors[name].dtype
+        assert tensor_bytes(found) == tensor_bytes(tensors[name])
+
+
+def test_a_transposed_tensor_is_saved_as_it_looks(tmp_path: Path) -> None:
+    value = random([4, 6], torch.float32)
+    save_tensors(tmp_path / "a.safetensors", {"t": value.t()})
+    assert same(load_file(tmp_path / "a.safetensors")["t"], value.t().contiguous())
+
+
+def test_tensors_are_aligned(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "a", {"b": random([3], torch.uint8), "w": random([3], torch.float64)})
+    for stored in read_header(tmp_path / "a").values():
+        assert stored.start % stored.torch_dtype.itemsize == 0
+
+
+def test_read_tensor_of_a_file_cut_short_meanwhile(tmp_path: Path) -> None:
+    file = tmp_path / "a.safetensors"
+    save_tensors(file, {"t": random([100], torch.float32)})
+    stored = read_header(file)["t"]
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(CompressError, match="the file ends inside tensor t"):
+        read_tensor(stored, "t")
+
+
+@pytest.mark.parametrize("limit", [1, 100, 1000, 10**9])
+def test_shards(tmp_path: Path, limit: int) -> None:
+    tensors = {f"t{i}": random([10 + i, 3], torch.float32, i) for i in range(5)}
+    save_tensors(tmp_path / "source", tensors)
+    folder = tmp_path / "out"
+    folder.mkdir()
+    hashes = write_shards(folder, read_header(tmp_path / "source").items(), limit)
+    assert hashes == hash_files(sorted(folder.iterdir()))
+    (folder / "config.json").write_text("{}")
+    found = Checkpoint.open(folder)
+    assert found.tensors.keys() == tensors.keys()
+    assert all(same(found.read(n), t) for n, t in tensors.items())
+    files = found.files()
+    assert len(files) == {1: 5, 100: 5, 1000: 1, 10**9: 1}[limit]
+    assert (folder / "model.safetensors.index.json").exists() == (len(files) > 1)
+    for file in files:
+        held = [t.nbytes for t in found.tensors.values() if t.file == file]
+        assert len(held) == 1 or sum(held) <= limit
+    if len(files) > 1:
+        index = read_json(folder / "model.safetensors.index.json")
+        assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.tensors.values())
+        assert set(index["weight_map"].values()) == {f.name for f in files}
+
+
+def test_same_tensors_same_bytes(tmp_path: Path) -> None:
+    tensors = {f"t{i}": random([4], torch.bfloat16, i) for i in range(9)}
+    assert save_tensors(tmp_path / "a", tensors) == save_tensors(tmp_path / "b", dict(tensors))
+
+
+def test_fingerprint_sees_every_byte(tmp_path: Path, toy: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(toy, folder)
+    before = Checkpoint.open(folder).fingerprint()
+    assert set(before) == {"config.json", "model.safetensors"}
+    raw = bytearray((folder / "model.safetensors").read_bytes())
+    raw[-1] ^= 1
+    (folder / "model.safetensors").write_bytes(raw)
+    after = Checkpoint.open(folder).fingerprint()
+    assert after["config.json"] == before["config.json"]
+    assert after["model.safetensors"] != before["model.safetensors"]
+
+
+def test_shards_without_an_index(tmp_path: Path) -> None:
+    for i in range(2):
+        save_tensors(tmp_path / f"part{i}.safetensors", {f"t{i}": random([2], torch.float32)})
+    save_tensors(tmp_path / "adapter_model.safetensors", {"t0": random([2], torch.float32)})
+    (tmp_path / "config.json").write_text("{}")
+    assert set(Checkpoint.open(tmp_path).tensors) == {"t0", "t1"}
+
+
+def test_opening_reads_no_weight(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checkpoint, "read_tensor", None)
+    assert len(Checkpoint.open(toy).tensors) == 38
+
+
+def test_pickle_shapes_without_a_cache(tmp_path: Path, toy: Path) -> None:
+    """A dry run asks for names and shapes alone: nothing is written."""
+    state = load_file(toy / "model.safetensors")
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    (tmp_path / "config.json").write_text("{}")
+    before = sorted(tmp_path.iterdir())
+    found = Checkpoint.open(tmp_path, allow_pickle=True)
+    assert {n: (t.shape, t.torch_dtype) for n, t in found.tensors.items()} == {
+        n: (tuple(t.shape), t.dtype) for n, t in state.items()
+    }
+    assert sorted(tmp_path.iterdir()) == before
+
+
+# --- writing
+
+
+@pytest.mark.parametrize("step", ["open", "fsync", "replace"])
+def test_half_a_file_is_never_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    file = tmp_path / "a.safetensors"
+    save_tensors(file, {"t": random([10], torch.float32)})
+    before = file.read_bytes()
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path if step == "open" else os, step, full)
+    with pytest.raises(CompressError, match=r"its \d+ bytes cannot be written \(No space left on device\)") as caught:
+        save_tensors(file, {"t": random([10], torch.float32, 1)})
+    monkeypatch.undo()
+    assert str(file) in caught.value.line()
+    assert file.read_bytes() == before
+
+
+def test_content_that_cannot_be_read_leaves_the_old_file(tmp_path: Path) -> None:
+    save_tensors(tmp_path / "source", {"t": random([1000], torch.float32)})
+    stored = read_header(tmp_path / "source")["t"]
+    os.truncate(tmp_path / "source", 500)
+    with pytest.raises(CompressError, match="the file ends inside a tensor"):
+        write_shards(tmp_path, [("t", stored)], 10**9)
+    assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_json_and_text(tmp_path: Path) -> None:
+    value = {"b": [1, 2.5, None], "a": {"ü": True}}
+    assert write_json(tmp_path / "v.json", value) == hashlib.sha256((tmp_path / "v.json").read_bytes()).hexdigest()
+    assert read_json(tmp_path / "v.json") == value
+    assert list(json.loads((tmp_path / "v.json").read_text())) == ["a", "b"]
+    write_text(tmp_path / "t", "línea\n")
+    assert (tmp_path / "t").read_text() == "línea\n"
+    assert {p.name for p in tmp_path.iterdir()} == {"v.json", "t"}
+
+
+@pytest.mark.parametrize("text", ["", "[1]", "null", "5", '{"a": ', "\xff\xfe", "[" * 100_000, "9" * 5000])
+def test_read_json_refuses(tmp_path: Path, text: str) -> None:
+    (tmp_path / "v.json").write_text(text, encoding="latin1")
+    with pytest.raises(CompressError, match=r"v\.json") as caught:
+        read_json(tmp_path / "v.json", "the remedy")
+    assert caught.value.remedy == "the remedy"
+
+
+def test_read_json_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(CompressError, match="no such file"):
+        read_json(tmp_path / "v.json")
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(CompressError, match=r"folder\.json"):
+        read_json(tmp_path / "folder.json")
+
+
+def test_stored_knows_its_dtype(tmp_path: Path) -> None:
+    stored = Stored(tmp_path, 0, 8, "BF16", (2, 2))
+    assert stored.torch_dtype is torch.bfloat16
+    assert stored.numel == 4
+
+
+# --- any header at all: a tensor or a refusal, nothing else
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_damage_is_refused_or_read(tmp_path: Path, data: st.DataObject) -> None:
+    file = tmp_path / "a.safetensors"
+    if not file.exists():
+        save_tensors(file, {"a": random([5], torch.float32), "b": random([3, 2], torch.bfloat16)})
+    raw = bytearray(file.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    damaged = tmp_path / "b.safetensors"
+    damaged.write_bytes(raw[: data.draw(st.integers(0, len(raw)))] if data.draw(st.booleans()) else raw)
+    found, said = {}, str(damaged)
+    try:
+        found = read_header(damaged)
+    except CompressError as error:
+        said = error.line()
+    assert str(damaged) in said
+    assert "\n" not in said
+    for name, stored in found.items():
+        assert read_tensor(stored, name).shape == stored.shape
