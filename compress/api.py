@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,8 @@ def make_job(model: str, method: Pass, options: Options, progress: Progress | No
         raise CompressError(f"{options.seed} is out of range", "--seed", "use 0 to 2^63 - 1")
     source = find_model(model, options.allow_pickle)
     device, dtype = find_device(options.device), find_dtype(options.dtype)
+    if not dry:
+        wake(device)
     name = BUNDLED if model == BUNDLED else Path(os.path.abspath(Path(model).expanduser())).name
     out = options.out or Path(f"{name}-{method.name}-{method.storage.bits}bit")
     # what can be refused at once is, before texts are fetched and tokenised
@@ -147,6 +150,12 @@ def find_device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise CompressError(f"{torch.cuda.device_count()} CUDA devices here", f"--device {name}", "use --device cpu")
     return device
+
+
+def wake(device: torch.device) -> None:
+    """Start a GPU's context and solver library in the background: seconds, while texts are read and tokenised."""
+    if device.type == "cuda":
+        threading.Thread(target=lambda: torch.linalg.cholesky(torch.eye(8, device=device)), daemon=True).start()
 
 
 def find_dtype(name: str) -> torch.dtype | None:

@@ -100,8 +100,7 @@ class BlockModel:
         self._list_name, self._blocks = _decoder_blocks(self.model, weights.folder)
         self._parts, self.unexpected = _disk_names(self.model, weights)
         buffers = dict(self.model.named_buffers())
-        for name in [n for n in self._parts if n in buffers]:  # small, so they are loaded once and for all
-            buffers[name].copy_(weights.read(self._parts.pop(name)[0].name))
+        self._buffers = {n: self._parts.pop(n)[0].name for n in list(self._parts) if n in buffers}
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._tuple: bool | None = None
         self._ready = False
@@ -241,6 +240,10 @@ class BlockModel:
                 self._fill(param)
         self.model.tie_weights()
         for name, buffer in list(self.model.named_buffers()):
+            if name in self._buffers:  # small, so those of the blocks are loaded here too, once and for all
+                stored = self.weights.read(self._buffers[name])
+                refuse_infinite(stored, self._buffers[name])
+                buffer.copy_(stored)
             if not name.startswith(inside):
                 owner, _, leaf = name.rpartition(".")
                 self.model.get_submodule(owner)._buffers[leaf] = buffer.to(self.device)
@@ -517,6 +520,8 @@ def _disk_names(model: Any, weights: Weights) -> tuple[dict[str, list[_Part]], l
     for found in parts.values():
         found.sort(key=lambda p: (p.expert or 0, p.order))
     _check(parts, params, shapes, model, weights)
+    for name in parts.keys() - params.keys():
+        _same_shape(parts[name][0].name, shapes[parts[name][0].name], tuple(known[name].shape))
     ordered = {n: parts[n] for n in known if n in parts}
     return ordered, unexpected
 

@@ -87,8 +87,13 @@ def value(k: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round scales to the stored dtype; magnitudes that would vanish become its smallest normal number."""
-    tiny = torch.finfo(dtype).tiny
+    """Round scales to the stored dtype; magnitudes that would vanish become the smallest one it can be trusted with.
+
+    That is the smallest subnormal for float16, whose normal numbers end at 6e-5, within reach of real scales and which
+    every reader computes in full; for the others the smallest normal number.
+    """
+    info = torch.finfo(dtype)
+    tiny = info.tiny * info.eps if dtype == torch.float16 else info.tiny
     rounded = scale.to(dtype).float().clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     return torch.where(rounded.abs() < tiny, torch.where(rounded < 0, -tiny, tiny), rounded)
 

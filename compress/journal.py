@@ -152,10 +152,6 @@ class Journal:
         digest = save_tensors(self._file(block), tensors)
         write_json(self._records(block), {"sha256": digest, "layers": records})
 
-    def finished(self) -> int:
-        """How many blocks are finished."""
-        return len(list(self.folder.glob("block-*.json")))
-
     def tensors(self, block: int) -> dict[str, Stored]:
         """Where a finished block's tensors are. Raises CompressError when the file is not what was written."""
         file = self._file(block)

@@ -263,7 +263,8 @@ def test_round_scale(dtype: torch.dtype) -> None:
     tiny, top = torch.finfo(dtype).tiny, torch.finfo(dtype).max
     rounded = grid.round_scale(torch.tensor([1.0, -0.5, tiny, -tiny, 0.0, 1e-44, -1e-44, 3e38, -3e38]), dtype)
     assert rounded[:4].tolist() == [1.0, -0.5, tiny, -tiny]
-    assert bool((rounded[4:7].abs() == tiny).all())
+    smallest = tiny * torch.finfo(dtype).eps if dtype == torch.float16 else tiny  # float16 scales may be subnormal
+    assert bool((rounded[4:7].abs() == smallest).all())
     assert bool((rounded[7:].abs() > 6e4).all())
     assert bool((rounded.abs() <= top).all())
     assert torch.equal(rounded.to(dtype).float(), rounded)

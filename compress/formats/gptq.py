@@ -90,6 +90,12 @@ class GPTQFormat:
                     'set "checkpoint_format": "gptq_v2" in config.json',
                 )
             zeros = (zeros + 1) & (2**bits - 1)
+        elif symmetric and bool((zeros == middle - 1).all()):
+            raise CompressError(
+                f"its symmetric zero points read {middle - 1}, which is v1, but the file is labelled v2 (gptq_v2)",
+                name,
+                'set "checkpoint_format": "gptq" in config.json',
+            )
         g_idx = tensors["g_idx"].to(torch.int32)
         natural = torch.equal(g_idx.long(), group_index(columns, size))
         if symmetric and bool((zeros == middle).all()):
