@@ -22,7 +22,7 @@ check: $(STAMP)     ## lint, types, layout
 	$(BIN)/python -m pytest tests/test_layout.py
 
 test: check         ## everything that runs without a GPU
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not clients"
 
 bench: $(STAMP)     ## the tables in reports/ that need no GPU
 	$(BIN)/python reports/memory/bench.py

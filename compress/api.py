@@ -68,23 +68,15 @@ def make_job(model: str, method: Pass, options: Options, progress: Progress | No
     device, dtype = find_device(options.device), find_dtype(options.dtype)
     if not dry:
         wake(device)
-    name = BUNDLED if model == BUNDLED else Path(os.path.abspath(Path(model).expanduser())).name
+    name = BUNDLED if model == BUNDLED else os.path.basename(os.path.abspath(os.path.expanduser(model)))
     out = options.out or Path(f"{name}-{method.name}-{method.storage.bits}bit")
     # what can be refused at once is, before texts are fetched and tokenised
     open_dense(source, options.allow_pickle)
     longest = context_length(source, options.trust_remote_code)
-    rows = text = None
     if not dry:
         check_output(out, options.overwrite, source)
         check_room(out, 0)
-        tokenizer = None
-        if Needs.HESSIAN in method.needs or not options.no_eval:
-            tokenizer = load_tokenizer(source, options.trust_remote_code)
-        if Needs.HESSIAN in method.needs:
-            rows = calibration(source, tokenizer, options, device, longest)
-        if not options.no_eval:
-            text = evaluation(tokenizer, options.eval)
-            cut_windows(text.tokens, min(2048, longest or 2048))
+    rows, text = (None, None) if dry else _texts(source, method, options, device, longest)
     return Job(
         source=source,
         out=out,
@@ -107,6 +99,22 @@ def make_job(model: str, method: Pass, options: Options, progress: Progress | No
     )
 
 
+def _texts(
+    source: Path, method: Pass, options: Options, device: torch.device, longest: int | None
+) -> tuple[Rows | None, EvalText | None]:
+    """Calibration rows and evaluation text, None for what the pass and the options do without."""
+    calibrated = Needs.HESSIAN in method.needs
+    if not calibrated and options.no_eval:
+        return None, None
+    tokenizer = load_tokenizer(source, options.trust_remote_code)
+    rows = calibration(source, tokenizer, options, device, longest) if calibrated else None
+    if options.no_eval:
+        return rows, None
+    text = evaluation(tokenizer, options.eval)
+    cut_windows(text.tokens, min(2048, longest or 2048))  # a text that is too short says so now, not after the work
+    return rows, text
+
+
 def find_model(model: str, allow_pickle: bool = False) -> Path:
     """The folder of a model: itself, the bundled one, or a snapshot from the hub.
 
@@ -115,7 +123,7 @@ def find_model(model: str, allow_pickle: bool = False) -> Path:
     """
     if model == BUNDLED:
         return folder("calib") / "tiny"
-    path = Path(model).expanduser()
+    path = Path(os.path.expanduser(model))
     if path.is_dir():
         return path
     if path.is_file():
@@ -173,7 +181,9 @@ def load_tokenizer(source: Path, trust_remote_code: bool = False) -> Any:
 
     remedy = "the folder needs tokenizer.json and tokenizer_config.json (--trust-remote-code if its code is its own)"
     with quiet_transformers("its tokenizer cannot be loaded", str(source), remedy):
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
+        made = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
+        made("Some settings fail only when they are used: \u6f22\u5b57 \u00e9 \N{SNOWMAN}")
+    return made
 
 
 def context_length(source: Path, trust_remote_code: bool = False) -> int | None:

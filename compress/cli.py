@@ -81,15 +81,21 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _top(
-    version: Annotated[bool, typer.Option("--version", help="print the version and stop")] = False,
-) -> None:
-    if version:
+def _version(wanted: bool) -> None:
+    if wanted:
         from compress import __version__
 
         print(__version__)
         raise typer.Exit
+
+
+@app.callback()
+def _top(
+    version: Annotated[
+        bool, typer.Option("--version", help="print the version and stop", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """An eager option works without a command."""
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> inspect.Parameter:
@@ -152,6 +158,8 @@ def pass_command(name: str) -> Callable[..., None]:
 
 
 def _run(model: str, method: Pass, options: Options, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    import torch
+
     from compress import api
     from compress.pipeline import compress_checkpoint
     from compress.report import screen
@@ -167,6 +175,10 @@ def _run(model: str, method: Pass, options: Options, dry_run: bool, as_json: boo
             result = compress_checkpoint(job, progress)
     except KeyboardInterrupt:
         raise _interrupted(None if job is None else job.out) from None
+    except torch.OutOfMemoryError as error:
+        what = f"out of memory ({str(error).partition('. ')[0]})"
+        remedy = "finished blocks are kept: free some of it and give the same command again, or use --device cpu"
+        raise CompressError(what, f"--device {options.device or 'cuda'}", remedy) from error
     if as_json:
         print(json.dumps(screen.as_json(result), indent=2))
     else:
@@ -229,6 +241,7 @@ def demo_command(
     ] = "bundled",
     bits: Annotated[int, typer.Option(help="bits a weight")] = 4,
     out: Annotated[Path, typer.Option("-o", "--out", help="output folder")] = Path("demo-out"),
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of going on with a stopped run")] = False,
     quiet: Annotated[bool, typer.Option(help="no progress line")] = False,
 ) -> None:
     """The whole job, end to end: calibrate, GPTQ, write, verify, evaluate. No hub, no GPU, about a minute."""
@@ -242,7 +255,9 @@ def demo_command(
         source, samples, seq_len = "bundled", 128, 256
     else:
         raise CompressError(f"no demo model {model!r}", "--model", "use bundled or smollm2")
-    options = Options(out=out, calib="bundled", eval="bundled", samples=samples, seq_len=seq_len, overwrite=True)
+    options = Options(
+        out=out, calib="bundled", eval="bundled", samples=samples, seq_len=seq_len, overwrite=True, fresh=fresh
+    )
     _run(source, GPTQ(bits=bits), options, dry_run=False, as_json=False, quiet=quiet)
 
 
@@ -250,7 +265,7 @@ def main() -> None:
     """Entry point: errors a user can mend take one line on stderr and exit code 2; Ctrl-C exits with 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
-        code = app(standalone_mode=False)
+        code = app(prog_name="compress", standalone_mode=False)
     except Interrupted as stopped:
         _fail(stopped.line(), 130)
     except CompressError as error:

@@ -30,9 +30,7 @@ def assemble(
     folder.mkdir()
     write_shards(folder, tensors(plan, source, journal), SHARD_BYTES)
     carry_over(source.folder, folder)
-    ignored = [s.module for s in plan.skipped if s.module is not None]
-    own = any(linear.own_forward for block in plan.blocks for linear in block)
-    quantization = plan.format.config(plan.storages(), ignored, own)
+    quantization = plan.quantization_config()
     write_json(folder / "config.json", {**source.config, "quantization_config": quantization})
     for name, value in plan.format.files(quantization).items():
         write_json(folder / name, value)

@@ -341,7 +341,7 @@ def restore(model: BlockModel, journal: Journal, plan: Plan, block: int) -> None
     from compress.checkpoint import read_tensor
 
     stored = journal.tensors(block)
-    config = plan.format.config(plan.storages(), [])
+    config = plan.quantization_config()
     for linear in plan.blocks[block]:
         parts = {
             s: read_tensor(stored[f"{linear.name}.{s}"]) for s in plan.format.suffixes if f"{linear.name}.{s}" in stored

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,9 +65,12 @@ class Plan:
     def layers(self) -> int:
         return sum(len(b) for b in self.blocks)
 
-    def storages(self) -> dict[str, Storage]:
-        """Module name -> storage of every compressed layer that is a module of its own."""
-        return {linear.param.removesuffix(".weight"): self.method.storage for b in self.blocks for linear in b}
+    def quantization_config(self) -> dict[str, Any]:
+        """What config.json will say. Raises CompressError for a mix of layers that the format cannot tell apart."""
+        linears = [linear for block in self.blocks for linear in block]
+        storages = {linear.param.removesuffix(".weight"): self.method.storage for linear in linears}
+        ignored = [s.module for s in self.skipped if s.module is not None]
+        return self.format.config(storages, ignored, any(linear.own_forward for linear in linears))
 
 
 def make_plan(
@@ -127,7 +131,7 @@ def make_plan(
     gone = sum(tensors[linear.name + ".weight"].nbytes for block in chosen for linear in block)
     packed = sum(layer_bytes(linear, method.storage, format, scale_dtype) for block in chosen for linear in block)
     count = sum(linear.shape[0] * linear.shape[1] for block in chosen for linear in block)
-    return Plan(
+    plan = Plan(
         method,
         format,
         scale_dtype,
@@ -140,6 +144,8 @@ def make_plan(
         8.0 * packed / count,
         _device_estimate(model, chosen, method),
     )
+    plan.quantization_config()  # refuses now what could not be written later
+    return plan
 
 
 def _head(model: BlockModel) -> Linear:

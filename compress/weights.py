@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -12,6 +14,21 @@ from compress.errors import CompressError
 from compress.formats import of_config
 from compress.formats.base import Format
 from compress.packed.uniform import UniformGrid
+
+_REMEDY = "its quantization_config does not belong to its tensors: download it again"
+
+
+@contextmanager
+def _fitting(where: object) -> Iterator[None]:
+    """Packed tensors read as a quantization_config says; what does not fit it, as one line.
+
+    A format that is told nonsense looks up keys that are not there and reshapes what has another size.
+    """
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise CompressError(f"cannot be unpacked ({reason})", str(where), _REMEDY) from error
 
 
 class Weights:
@@ -27,15 +44,15 @@ class Weights:
         self.packed: set[str] = set()
         self._shapes: dict[str, tuple[int, ...]] | None = None
         self._format: Format | None = None
-        found = of_config(checkpoint.config)
+        with _fitting(checkpoint.folder / "config.json"):
+            found = of_config(checkpoint.config)
         if found is not None:
             self._format, self._config = found
             end = "." + self._format.main
             self.packed = {n[: -len(end)] for n in checkpoint.tensors if n.endswith(end)}
             if not self.packed:
-                raise CompressError(
-                    f"config.json declares {self._format.name} but no tensor ends in {end}", str(checkpoint.folder)
-                )
+                what = f"config.json declares {self._format.name} but no tensor ends in {end}"
+                raise CompressError(what, str(checkpoint.folder), _REMEDY)
 
     @property
     def folder(self) -> Path:
@@ -52,7 +69,8 @@ class Weights:
         for name in sorted(self.packed):
             assert self._format is not None
             shapes = {s: t.shape for s, t in self._parts(name).items()}
-            out[name + ".weight"] = self._format.shape(name, shapes, self._config)
+            with _fitting(name):
+                out[name + ".weight"] = self._format.shape(name, shapes, self._config)
         return out
 
     def shapes_cache(self) -> dict[str, tuple[int, ...]]:
@@ -67,21 +85,33 @@ class Weights:
         if layer in self.packed:
             assert self._format is not None
             parts = self._parts(layer)
-            return parts["weight_scale" if "weight_scale" in parts else "scales"].torch_dtype
+            with _fitting(layer):
+                return parts["weight_scale" if "weight_scale" in parts else "scales"].torch_dtype
         return self.checkpoint.tensors[name].torch_dtype
 
     def read(self, name: str) -> Tensor:
         """A dense tensor; packed layers come dequantised as [out, in]."""
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and layer in self.packed:
-            return self.read_packed(layer).dequantize()
+            packed = self.read_packed(layer)
+            with _fitting(layer):
+                return packed.dequantize()
         return self.checkpoint.read(name)
 
     def read_packed(self, layer: str) -> UniformGrid:
         """A packed layer by its name without ".weight"."""
         assert self._format is not None
         parts = {s: self.checkpoint.read(f"{layer}.{s}") for s in self._parts(layer)}
-        return self._format.unpack(layer, parts, self._config)
+        with _fitting(layer):
+            packed = self._format.unpack(layer, parts, self._config)
+            columns, size = packed.shape[1], packed.group_size
+            groups = 1 if size == -1 else -(-columns // size)
+        grid, shape = (packed.shape[0], groups), self.shapes_cache()[layer + ".weight"]
+        checks = ("codes", packed.codes, shape), ("scales", packed.scales, grid), ("zeros", packed.zeros, grid)
+        for what, tensor, want in checks:
+            if tensor is not None and tuple(tensor.shape) != want:
+                raise CompressError(f"its {what} are {list(tensor.shape)}, not {list(want)}", layer, _REMEDY)
+        return packed
 
     def _parts(self, layer: str) -> dict[str, Stored]:
         assert self._format is not None

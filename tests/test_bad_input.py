@@ -115,7 +115,7 @@ def bench(tmp_path: Path, toy: Path, text_file: Path, monkeypatch: Any, capsys: 
 # --- the folder
 
 
-@pytest.mark.parametrize("name", ["./nope", "/nope/model", "a/b/c", "~nobody/x"])
+@pytest.mark.parametrize("name", ["./nope", "/nope/model", "a/b/c", "~no-such-user/x"])
 def test_missing_folder(bench: Bench, name: str) -> None:
     bench.refused(bench.call("rtn", name, "-o", bench.out, "--no-eval"), name, "no such folder", "hub id")
 
@@ -623,6 +623,12 @@ def test_tokenizer_config(bench: Bench, text: str) -> None:
     bench.refused(bench.gptq(), str(bench.model), "its tokenizer cannot be loaded")
 
 
+def test_tokenizer_that_fails_in_use(bench: Bench) -> None:
+    file = bench.model / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"model_max_length": "x"}))
+    bench.refused(bench.gptq(), str(bench.model), "its tokenizer cannot be loaded")
+
+
 def test_tokenizer_of_another_model(bench: Bench) -> None:
     file = bench.model / "tokenizer.json"
     value = json.loads(file.read_text())
@@ -749,3 +755,52 @@ def test_eval_of_logits_that_overflow(bench: Bench) -> None:
     bench.tensors(put("model.norm.weight", lambda w: (w.float() * 1e38).bfloat16()))
     args = ["eval", bench.model, "--text", bench.text, "--device", "cpu"]
     bench.refused(bench.call(*args), str(bench.model), "logits")
+
+
+def drop(*names: str) -> Callable[[dict[str, Any]], Any]:
+    return lambda config: [config["quantization_config"].pop(n) for n in names]
+
+
+def told(**changes: Any) -> Callable[[dict[str, Any]], Any]:
+    return lambda config: config["quantization_config"].update(changes)
+
+
+@pytest.mark.parametrize(
+    ("form", "change", "says"),
+    [
+        ("compressed-tensors", drop("config_groups"), "config_groups"),
+        ("compressed-tensors", told(config_groups={}), "no config group"),
+        ("compressed-tensors", told(quantization_status="frozen"), "'frozen' cannot be read"),
+        ("compressed-tensors", told(quant_method="nope"), "'nope' cannot be read"),
+        ("compressed-tensors", told(quant_method="gptq", format="gptq"), "no tensor ends in .qweight"),
+        ("gptq", told(bits=3), "[64, 85]"),
+        ("gptq", told(bits="x"), "invalid literal"),
+        ("gptq", told(bits=0), "ZeroDivisionError"),
+        ("gptq", drop("bits"), "bits"),
+        ("gptq", told(checkpoint_format=["a"]), "unhashable"),
+        ("gptq", told(checkpoint_format="gptq_v3"), "gptq_v3"),
+    ],
+)
+def test_eval_of_a_config_that_does_not_fit(bench: Bench, form: str, change: Any, says: str) -> None:
+    assert bench.rtn("--format", form)[0] == 0
+    packed = bench.root / "packed"
+    shutil.move(bench.out, packed)
+    config = json.loads((packed / "config.json").read_text())
+    change(config)
+    (packed / "config.json").write_text(json.dumps(config))
+    bench.refused(bench.call("eval", packed, "--text", bench.text, "--device", "cpu"), says)
+
+
+@pytest.mark.parametrize("suffix", ["weight_scale", "weight_shape"])
+@pytest.mark.parametrize("how", ["gone", "short"])
+def test_eval_of_packed_tensors_that_do_not_fit(bench: Bench, suffix: str, how: str) -> None:
+    assert bench.rtn()[0] == 0
+    packed = bench.root / "packed"
+    shutil.move(bench.out, packed)
+    found = load_file(packed / "model.safetensors")
+    name = f"{LAYER.removesuffix('.weight')}.{suffix}"
+    value = found.pop(name)
+    if how == "short":
+        found[name] = value[:1].clone()
+    save_file(found, packed / "model.safetensors", metadata={"format": "pt"})
+    bench.refused(bench.call("eval", packed, "--text", bench.text, "--device", "cpu"), "model.layers.1.mlp.up_proj")

@@ -16,7 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from compress import checkpoint
+import compress
+from compress import checkpoint, output
 from compress.checkpoint import (
     Checkpoint,
     Stored,
@@ -31,6 +32,8 @@ from compress.checkpoint import (
     write_text,
 )
 from compress.errors import CompressError
+from compress.passes.rtn import RTN
+from compress.verify import check_hashes, verify
 
 DTYPES = [
     torch.float64,
@@ -252,3 +255,123 @@ def test_any_damage_is_refused_or_read(tmp_path: Path, data: st.DataObject) -> N
     assert "\n" not in said
     for name, stored in found.items():
         assert read_tensor(stored, name).shape == stored.shape
+
+
+# --- verify.py: a folder that we wrote, and what may happen to it
+
+
+@pytest.fixture(scope="module")
+def written_once(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Path:
+    """A compressed toy in several shards."""
+    out = tmp_path_factory.mktemp("written") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(output, "SHARD_BYTES", 60_000)
+        compress.run(toy, RTN(), out, no_eval=True, device="cpu")
+    assert len(list(out.glob("*.safetensors"))) > 2
+    return out
+
+
+@pytest.fixture
+def written(tmp_path: Path, written_once: Path) -> Path:
+    return shutil.copytree(written_once, tmp_path / "out")
+
+
+def flip(file: Path, at: int = -1) -> None:
+    raw = bytearray(file.read_bytes())
+    raw[at] ^= 1
+    file.write_bytes(raw)
+
+
+def test_hashes_of_what_was_written(written: Path) -> None:
+    listed = {p.name for p in written.iterdir()} - {"compress.json", "report.json"}
+    assert check_hashes(written) == len(listed)
+    (written / "report.json").write_text("{}")  # clock times: not listed
+    (written / "notes.txt").write_text("the user's own")
+    assert check_hashes(written) == len(listed)
+
+
+def test_one_byte_of_any_file(written: Path) -> None:
+    for file in sorted(written.iterdir()):
+        if file.name not in ("compress.json", "report.json"):
+            flip(file)
+            with pytest.raises(CompressError, match="not the one that was written") as caught:
+                check_hashes(written)
+            assert caught.value.where == str(file)
+            flip(file)
+    check_hashes(written)
+
+
+def test_swapped_shards(written: Path) -> None:
+    first, second, *_ = sorted(written.glob("*.safetensors"))
+    first.rename(written / "x")
+    second.rename(first)
+    (written / "x").rename(second)
+    with pytest.raises(CompressError, match=r"00001-of-.*not the one that was written"):
+        check_hashes(written)
+
+
+def test_missing_file(written: Path) -> None:
+    (written / "tokenizer.json").unlink()
+    with pytest.raises(CompressError, match=r"tokenizer\.json: the file is missing"):
+        check_hashes(written)
+
+
+def test_added_weights(written: Path) -> None:
+    """They would be loaded in place of ours, or opened as a pickle."""
+    (written / "pytorch_model.bin").write_bytes(b"x")
+    with pytest.raises(CompressError, match=r"pytorch_model\.bin: was not written with the others"):
+        check_hashes(written)
+
+
+@pytest.mark.parametrize("record", [{}, {"sha256": {}}, {"sha256": [1]}, {"sha256": {"../out/config.json": "ab"}}])
+def test_damaged_record(written: Path, record: dict[str, Any]) -> None:
+    (written / "compress.json").write_text(json.dumps(record))
+    with pytest.raises(CompressError, match=r"compress\.json: lists no files of this folder"):
+        check_hashes(written)
+
+
+def test_another_tools_folder(toy: Path) -> None:
+    with pytest.raises(CompressError, match=r"no compress\.json"):
+        check_hashes(toy)
+
+
+def verified(written: Path, toy: Path) -> None:
+    record = output.read_record(written)
+    assert record is not None
+    verify(written, record["layers"], Checkpoint.open(toy))
+
+
+def test_verify_accepts_what_was_written(written: Path, toy: Path) -> None:
+    verified(written, toy)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "says"),
+    [
+        ("model.layers.2.mlp.up_proj.weight_packed", "up_proj: the file does not dequantise to what the solver"),
+        ("model.layers.0.self_attn.q_proj.weight_scale", "q_proj: the file does not dequantise to what the solver"),
+        ("model.norm.weight", "model.norm.weight: the copied tensor is not the original's"),
+        ("model.embed_tokens.weight", "embed_tokens.weight: the copied tensor is not the original's"),
+    ],
+)
+def test_verify_names_the_tensor(written: Path, toy: Path, tensor: str, says: str) -> None:
+    stored = Checkpoint.open(written).tensors[tensor]
+    flip(stored.file, stored.start)
+    with pytest.raises(CompressError) as caught:
+        verified(written, toy)
+    assert says in caught.value.line()
+
+
+def test_verify_misses_a_copied_tensor(written: Path, toy: Path, tmp_path: Path) -> None:
+    """One that no parameter of the model asks for, but that the original held."""
+    source = shutil.copytree(toy, tmp_path / "source")
+    save_tensors(source / "model.safetensors", load_file(toy / "model.safetensors") | {"extra": torch.ones(3)})
+    with pytest.raises(CompressError, match="extra: the copied tensor is not the original's"):
+        verified(written, source)
+
+
+def test_verify_misses_a_layer(written: Path, toy: Path) -> None:
+    record = output.read_record(written)
+    assert record is not None
+    with pytest.raises(CompressError, match="packed in the files or in the records, not in both"):
+        verify(written, record["layers"][1:], Checkpoint.open(toy))

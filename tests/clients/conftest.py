@@ -107,7 +107,22 @@ def answer(record_property: Callable[[str, object], None]) -> Callable[..., tupl
     return note
 
 
-def pytest_terminal_summary(terminalreporter: Any) -> None:
+@pytest.fixture
+def refused(record_property: Callable[[str, object], None]) -> Callable[[str, str, str, str], None]:
+    """refused(client, checkpoint, error, expected): the error's line with what is expected, for the table."""
+
+    def note(client: str, checkpoint: str, error: str, expected: str) -> None:
+        assert expected in error, f"another answer than {expected!r}: {error or 'it loads'}"
+        line = next(x for x in error.splitlines() if expected in x).strip()
+        record_property("answer", f"| {client} | {checkpoint} | {line[:200]} | |")
+
+    return note
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """The table, when these tests were asked for by name or by mark."""
+    if not any("clients" in str(argument) for argument in config.invocation_params.args):
+        return
     rows = [v for r in terminalreporter.getreports("passed") for k, v in r.user_properties if k == "answer"]
     if rows:
         terminalreporter.section("what the clients answered")

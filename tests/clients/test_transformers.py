@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
@@ -19,7 +21,7 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from compress import GPTQ, RTN
+from compress import GPTQ, RTN, CompressError
 
 CLIENT = f"transformers {version('transformers')}, compressed-tensors {version('compressed-tensors')}"
 TOKENS = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -105,11 +107,20 @@ def test_tied_embeddings(toy: Path, compressed: Any, dense_twin: Any, answer: An
     assert not torch.equal(theirs, logits(toy, torch.bfloat16)), "equal to the original: nothing was compared"
 
 
-@pytest.mark.parametrize("method", [RTN(), GPTQ(act_order="none"), GPTQ(bits=5), GPTQ(bits=6), GPTQ(bits=7)], ids=repr)
-def test_other_settings(method: Any, source: Any, compressed: Any, dense_twin: Any, answer: Any) -> None:
-    packed = compressed(source(LLAMA, torch.bfloat16), method)
+OTHERS = {
+    "RTN": RTN(),
+    "no act order": GPTQ(act_order="none"),
+    "5 bits": GPTQ(bits=5),
+    "6 bits": GPTQ(bits=6),
+    "7 bits": GPTQ(bits=7),
+}
+
+
+@pytest.mark.parametrize("label", OTHERS)
+def test_other_settings(label: str, source: Any, compressed: Any, dense_twin: Any, answer: Any) -> None:
+    packed = compressed(source(LLAMA, torch.bfloat16), OTHERS[label])
     ours, theirs = (logits(f, torch.bfloat16) for f in (dense_twin(packed, torch.bfloat16), packed))
-    assert answer(CLIENT, f"llama bfloat16, {method}", ours, theirs)[0] == 0.0
+    assert answer(CLIENT, f"llama bfloat16, {label}, symmetric", ours, theirs)[0] == 0.0
 
 
 @pytest.mark.parametrize("symmetric", [True, False])
@@ -117,7 +128,17 @@ def test_layers_left_dense(symmetric: bool, source: Any, compressed: Any, dense_
     patterns = ("*.0.mlp.down_proj", "*.1.self_attn.*")
     packed = compressed(source(LLAMA, torch.bfloat16), GPTQ(symmetric=symmetric), exclude=patterns)
     ours, theirs = (logits(f, torch.bfloat16) for f in (dense_twin(packed, torch.bfloat16), packed))
-    assert answer(CLIENT, f"llama bfloat16, five layers left dense, symmetric {symmetric}", ours, theirs)[0] == 0.0
+    label = f"llama bfloat16, five layers left dense, {'symmetric' if symmetric else 'asymmetric'}"
+    assert answer(CLIENT, label, ours, theirs)[0] == 0.0
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_packed_head(symmetric: bool, source: Any, compressed: Any, dense_twin: Any, answer: Any) -> None:
+    packed = compressed(source(LLAMA, torch.bfloat16), GPTQ(symmetric=symmetric), lm_head=True)
+    assert "lm_head.weight_packed" in load_file(packed / "model.safetensors")
+    ours, theirs = (logits(f, torch.bfloat16) for f in (dense_twin(packed, torch.bfloat16), packed))
+    label = f"llama bfloat16, head packed too, {'symmetric' if symmetric else 'asymmetric'}"
+    assert answer(CLIENT, label, ours, theirs)[0] == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=name)
@@ -126,6 +147,22 @@ def test_experts(family: str, dtype: torch.dtype, source: Any, compressed: Any, 
     packed = compressed(source(EXPERTS[family], dtype), GPTQ(group_size=32))
     stored = load_file(packed / "model.safetensors")
     assert sum("experts" in n and n.endswith("weight_packed") for n in stored) == 2 * 4 * 3
+    ignored = json.loads((packed / "config.json").read_text())["quantization_config"]["ignore"]
+    assert re.match(ignored[-1].removeprefix("re:"), "model.layers.0.mlp.gate"), "vLLM would look for a packed router"
     ours, theirs = (logits(f, dtype) for f in (dense_twin(packed, dtype), packed))
     far, _ = answer(CLIENT, f"{family} {name(dtype)}, 4 bits, group 32, symmetric", ours, theirs)
     assert far == 0.0
+
+
+@pytest.mark.parametrize("patterns", ["*.experts.*", "*.1.*.experts.2.*"])
+@pytest.mark.parametrize("family", EXPERTS)
+def test_dense_experts_are_refused(family: str, patterns: str, source: Any, compressed: Any) -> None:
+    """transformers would leave them random: a MISSING line in a table, no error."""
+    with pytest.raises(CompressError, match="leaves dense experts random"):
+        compressed(source(EXPERTS[family], torch.bfloat16), RTN(group_size=32), exclude=(patterns,))
+
+
+def test_asymmetric_experts_are_refused(source: Any, compressed: Any) -> None:
+    """transformers hands no zero points to experts: "Asymmetric quant requires zero-point values"."""
+    with pytest.raises(CompressError, match="asymmetric experts"):
+        compressed(source(EXPERTS["mixtral"], torch.bfloat16), RTN(group_size=32, symmetric=False))
