@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from compress.assets import folder
-from compress.blocks import load_config, quiet_transformers
 from compress.calibration import EvalText, Rows, calibration_rows, evaluation_tokens
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
@@ -24,6 +23,7 @@ from compress.journal import check_output
 from compress.options import Options
 from compress.pipeline import Job, Progress, Result, Status, compress_checkpoint, default_dtype, open_dense
 from compress.plan import check_room
+from compress.skeleton import load_config, quiet_transformers
 from compress.types import Needs, Pass
 
 BUNDLED = "bundled"
