@@ -24,9 +24,16 @@ check: $(STAMP)     ## lint, types, layout
 test: check         ## everything that runs without a GPU
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not clients"
 
-bench: $(STAMP)     ## the tables in reports/ that need no GPU
-	$(BIN)/python reports/memory/bench.py
-	$(BIN)/python reports/demo-speed/bench.py
+PEER := .clients/llmcompressor
+$(PEER)/.installed:  ## the peer of the demo's speed table, in an environment of its own
+	$(PYTHON) -m venv $(PEER)
+	$(PEER)/bin/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
+	$(PEER)/bin/python -m pip install --quiet llmcompressor==0.14.0.1
+	touch $@
+
+bench: $(STAMP) $(PEER)/.installed  ## the tables in reports/ that need no GPU
+	$(BIN)/python reports/memory/bench.py --write
+	$(BIN)/python reports/demo-speed/bench.py $(PEER)/bin/python --write
 
 clients: $(STAMP)   ## one environment a client that cannot share ours, then the tests against it
 	tests/clients/make.sh .clients

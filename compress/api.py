@@ -51,10 +51,10 @@ def run(model: str | Path, method: Pass, out: str | Path | None = None, **option
     chosen = Options(**options)
     if out is not None:
         chosen = replace(chosen, out=Path(out))
-    return compress_checkpoint(make_job(str(model), method, chosen, progress), progress or (lambda status: None))
+    return compress_checkpoint(make_job(str(model), method, chosen), progress or (lambda status: None))
 
 
-def make_job(model: str, method: Pass, options: Options, progress: Progress | None = None, dry: bool = False) -> Job:
+def make_job(model: str, method: Pass, options: Options, dry: bool = False) -> Job:
     """Resolve what the options name: folder, device, calibration rows, evaluation text.
 
     Args:

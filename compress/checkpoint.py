@@ -177,18 +177,25 @@ class Checkpoint:
         return hash_files([self.folder / "config.json", *self.files()])
 
 
+def read_into(file: Path, start: int, target: Tensor, what: str) -> None:
+    """Fill a CPU tensor with the bytes of a file from `start` on. Raises CompressError when the file is too short."""
+    view = tensor_bytes(target)
+    with file.open("rb", buffering=0) as f:
+        f.seek(start)
+        done = 0
+        while done < len(view):
+            got = f.readinto(view[done:])
+            if not got:
+                raise CompressError(
+                    f"the file ends inside {what}", str(file), "it was cut short: download or make it again"
+                )
+            done += got
+
+
 def read_tensor(stored: Stored, name: str = "") -> Tensor:
     """The tensor whose bytes `stored` names, in fresh memory. Raises CompressError when the file is too short."""
     flat = torch.empty(stored.nbytes, dtype=torch.uint8)
-    with stored.file.open("rb", buffering=0) as f:
-        f.seek(stored.start)
-        view = tensor_bytes(flat)
-        done = 0
-        while done < stored.nbytes:
-            got = f.readinto(view[done:])
-            if not got:
-                raise CompressError(f"the file ends inside tensor {name}", str(stored.file), "download it again")
-            done += got
+    read_into(stored.file, stored.start, flat, f"tensor {name}")
     return flat.view(stored.torch_dtype).reshape(stored.shape)
 
 

@@ -11,7 +11,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from compress.checkpoint import tensor_bytes
+from compress.checkpoint import read_into, tensor_bytes
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
@@ -66,12 +66,7 @@ class HiddenStates:
     def _read(self, i: int) -> Tensor:
         at, shape, dtype = self._places[i]
         value = torch.empty(shape, dtype=dtype)
-        with self._spill.open("rb", buffering=0) as f:
-            f.seek(at)
-            view = tensor_bytes(value)
-            done = 0
-            while done < len(view):
-                done += f.readinto(view[done:]) or 0
+        read_into(self._spill, at, value, f"the hidden states of batch {i}")
         return value
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from compress.journal import Journal
 from compress.plan import Plan
 
 if TYPE_CHECKING:
-    from compress.pipeline import Job
+    pass
 
 SHARD_BYTES = 5_000_000_000
 RECORD = "compress.json"
@@ -22,9 +22,7 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpa
 _OWN_FILES = ("config.json", "quantize_config.json", "README.md", "hf_quant_config.json", RECORD, *TIMED)
 
 
-def assemble(
-    job: Job, plan: Plan, source: Checkpoint, journal: Journal, records: list[dict[str, Any]], sources: dict[str, str]
-) -> None:
+def assemble(plan: Plan, source: Checkpoint, journal: Journal) -> None:
     """Write the whole output folder under journal.final."""
     folder = journal.final
     folder.mkdir()

@@ -221,7 +221,7 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
             flow.close()
         records = [r for block in range(len(plan.blocks)) for r in journal.records(block)]
         with clock("write"):
-            assemble(job, plan, weights.checkpoint, journal, records, sources)
+            assemble(plan, weights.checkpoint, journal)
         with clock("verify"):
             proof = verify(journal.final, records, weights.checkpoint, job.trust_remote_code)
         score = original = None
@@ -368,6 +368,7 @@ def fingerprint(
         "seed": job.seed,
         "batch_rows": None if flow is None else flow.size,
         "device": device,
+        "threads": None if job.device.type == "cuda" else torch.get_num_threads(),
         "dtype": str(dtype).removeprefix("torch."),
         "versions": {"compress": __version__, "torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -156,7 +156,7 @@ def pick(where: str, row: Mapping[str, Any], wanted: tuple[str, ...]) -> object:
 def plain_text(where: str, value: object) -> str:
     """The value of a column as text that a tokenizer takes."""
     if not isinstance(value, str):
-        hint = "add --chat-template for chats" if isinstance(value, list) else "name another with --column"
+        hint = "add --chat-template for chats" if isinstance(value, list) else "name another with --calib-column"
         raise CompressError(f"the column holds {type(value).__name__}, not text", where, hint)
     try:
         value.encode()
@@ -174,7 +174,7 @@ def chat_messages(where: str, value: object) -> list[dict[str, Any]]:
     if all(isinstance(item, dict) and "from" in item and "value" in item for item in items):
         return [{"role": _SHAREGPT.get(item["from"], item["from"]), "content": item["value"]} for item in items]
     what = 'not a list of {"role", "content"} messages'
-    raise CompressError(what, where, "name the column of messages with --column")
+    raise CompressError(what, where, "name the column of messages with --calib-column")
 
 
 def import_datasets(where: str) -> Any:
@@ -266,4 +266,4 @@ def _columns(where: str, value: object) -> Mapping[str, Any]:
 
 def _no_column(where: str, wanted: tuple[str, ...], present: Iterable[str]) -> CompressError:
     what = f"no column {' or '.join(wanted)}; the columns are {', '.join(present) or 'none'}"
-    return CompressError(what, where, "name one of them with --column")
+    return CompressError(what, where, "name one of them with --calib-column")

@@ -274,7 +274,7 @@ def test_chats_that_cannot_be_rendered(tmp_path, tokenizer, chat_tokenizer):
     options = {"samples": 2, "seq_len": 64, "chat_template": True}
     with refused("--chat-template", "has no chat template"):
         calibration_rows("bundled", tokenizer, **options)
-    with refused("line 1", 'not a list of {"role", "content"}', "--column"):
+    with refused("line 1", 'not a list of {"role", "content"}', "--calib-column"):
         calibration_rows(jsonl(tmp_path / "a.jsonl", ["hello"], "messages"), chat_tokenizer, **options)
     with refused("no column messages or conversations", "id, text"):
         calibration_rows(jsonl(tmp_path / "a.jsonl", ["hello"]), chat_tokenizer, **options)
@@ -345,8 +345,8 @@ def test_byte_order_marks_are_no_text(tmp_path, tokenizer):
         ("a.jsonl", b'\n{"text": "a"}\n{"text": \n', ("line 3", "not JSON")),
         ("a.jsonl", b'{"text": "gr\xfc"}', ("line 1", "not JSON in UTF-8")),
         ("a.jsonl", b'"text"', ("line 1", "a str instead of an object")),
-        ("a.jsonl", b'{"body": "a", "id": 1}', ("line 1", "no column text", "body, id", "--column")),
-        ("a.jsonl", b'{"text": 5}', ("line 1", "holds int, not text", "--column")),
+        ("a.jsonl", b'{"body": "a", "id": 1}', ("line 1", "no column text", "body, id", "--calib-column")),
+        ("a.jsonl", b'{"text": 5}', ("line 1", "holds int, not text", "--calib-column")),
         ("a.jsonl", b'{"text": "\\ud800"}', ("line 1", "half a character")),
         ("a.json", b"[1]", ("item 1", "a int instead of an object")),
         ("a.json", b"[{", ("a.json", "not JSON")),
@@ -534,7 +534,7 @@ def test_ptb_and_pile(hub, tokenizer):
     text = evaluation_tokens("ptb", tokenizer)
     assert hub.asked[1][1]["data_files"] == {"test": "penn_treebank/test/0000.parquet"}
     assert text.tokens.tolist() == ids_of(tokenizer, " ".join(hub.rows["sentence"]))
-    with refused("no column text", "sentence", "--column"):
+    with refused("no column text", "sentence", "--calib-column"):
         calibration_rows("pile", tokenizer)
     with refused("pile", "no text to evaluate on"):
         evaluation_tokens("pile", tokenizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import platform
 import resource
 from pathlib import Path
@@ -15,6 +16,7 @@ from compress.output import seal
 from compress.types import settings
 
 if TYPE_CHECKING:
+    from compress.evaluate.perplexity import Score
     from compress.pipeline import Result
 
 _NEEDS = {
@@ -79,12 +81,17 @@ def make_record(result: Result) -> dict[str, Any]:
             "protocol": text.protocol,
             "bos": text.bos,
             "dtype": str(result.dtype).removeprefix("torch."),
-            "compressed": dataclasses.asdict(result.score),
-            "original": dataclasses.asdict(result.original),
+            "compressed": score_values(result.score),
+            "original": score_values(result.original),
         },
         "verified": dataclasses.asdict(result.proof),
         "layers": result.records,
     }
+
+
+def score_values(score: Score) -> dict[str, Any]:
+    """A score as JSON values; an infinite perplexity, which JSON cannot hold, becomes null."""
+    return {k: v if isinstance(v, int) or v is None or math.isfinite(v) else None for k, v in vars(score).items()}
 
 
 def timings(result: Result) -> dict[str, Any]:

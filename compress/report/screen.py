@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from compress.report import make_record, notes, peak_device_bytes, peak_host_bytes, timings
+from compress.report import make_record, notes, peak_device_bytes, peak_host_bytes, score_values, timings
 from compress.types import settings
 
 if TYPE_CHECKING:
@@ -163,8 +163,8 @@ def score_json(score: Score, base: Score | None, text: EvalText) -> dict[str, An
         "text": text.source,
         "protocol": text.protocol,
         "bos": text.bos,
-        "model": dataclasses.asdict(score),
-        "original": None if base is None else dataclasses.asdict(base),
+        "model": score_values(score),
+        "original": None if base is None else score_values(base),
     }
 
 
