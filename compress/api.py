@@ -19,9 +19,10 @@ from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.evaluate.perplexity import Score, cut_windows, evaluate
 from compress.formats import FORMATS
+from compress.job import Job, Progress, Result, Status
 from compress.journal import check_output
 from compress.options import Options
-from compress.pipeline import Job, Progress, Result, Status, compress_checkpoint, default_dtype, open_dense
+from compress.pipeline import compress_checkpoint, default_dtype, open_dense
 from compress.plan import check_room
 from compress.skeleton import load_config, quiet_transformers
 from compress.types import Needs, Pass

@@ -6,10 +6,6 @@ compress_checkpoint() is the whole system in one function; what it calls are the
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,120 +15,19 @@ from torch import Tensor
 from compress import plan as planning
 from compress import stats
 from compress.blocks import BlockModel, Linear
-from compress.calibration import EvalText, Rows
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
-from compress.evaluate.perplexity import Score, evaluate
+from compress.evaluate.perplexity import evaluate
 from compress.formats import FORMATS
 from compress.hidden import Activations, batch_rows
+from compress.job import Clock, Job, Progress, Result, Status
 from compress.journal import Journal, check_output
 from compress.output import assemble
 from compress.plan import Plan
-from compress.types import LayerStats, Needs, Pass, Solved, settings
-from compress.verify import Proof, digest, verify
+from compress.report import finish
+from compress.types import LayerStats, Needs, Solved, settings
+from compress.verify import digest, verify
 from compress.weights import Weights
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run.
-
-    Attributes:
-        source: the model's folder.
-        out: the output folder's final name.
-        method: the pass.
-        format: name in the FORMATS table.
-        rows: calibration rows; None when the pass needs none.
-        text: evaluation text; None for no evaluation.
-        device, dtype: where and in what precision blocks run; dtype None for the checkpoint's own.
-        true_sequential: collect each layer's statistics after the layers before it in the block are compressed.
-        include, exclude: patterns on layer names.
-        lm_head: compress the output head too.
-        seed: recorded; the rows were drawn with it.
-        origin: what the user called the model (a hub id), for the records.
-    """
-
-    source: Path
-    out: Path
-    method: Pass
-    format: str = "compressed-tensors"
-    rows: Rows | None = None
-    text: EvalText | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    dtype: torch.dtype | None = None
-    true_sequential: bool = False
-    include: Sequence[str] = ()
-    exclude: Sequence[str] = ()
-    lm_head: bool = False
-    seed: int = 0
-    origin: str = ""
-    overwrite: bool = False
-    fresh: bool = False
-    allow_pickle: bool = False
-    trust_remote_code: bool = False
-
-
-@dataclass(frozen=True)
-class Status:
-    """Where a run is; handed to the caller's progress line.
-
-    Attributes:
-        phase: "calibrate", "compress", "verify", "evaluate".
-        done, total: blocks (or what the phase counts).
-        layers, all_layers: layers compressed so far.
-    """
-
-    phase: str
-    done: int
-    total: int
-    layers: int = 0
-    all_layers: int = 0
-
-
-@dataclass
-class Clock:
-    """Seconds spent in each part of a run."""
-
-    seconds: dict[str, float] = field(default_factory=dict)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-
-    @contextmanager
-    def __call__(self, part: str) -> Iterator[None]:
-        begun = self._now()
-        try:
-            yield
-        finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - begun
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
-
-
-@dataclass(frozen=True)
-class Result:
-    """What a run did; report/ turns it into tables and files.
-
-    Attributes:
-        records: for each compressed layer its error, tokens and notes.
-        score, original: figures of the written file and of the original on the evaluation text.
-        seconds: by part of the run.
-        resumed: blocks taken over from an earlier, stopped run.
-    """
-
-    job: Job
-    plan: Plan
-    records: list[dict[str, Any]]
-    proof: Proof
-    score: Score | None
-    original: Score | None
-    seconds: dict[str, float]
-    resumed: int
-    dtype: torch.dtype
-
-
-Progress = Callable[[Status], None]
 
 
 def open_model(job: Job, pickle_cache: Path | None = None) -> tuple[Weights, BlockModel]:
@@ -238,8 +133,6 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
                     step=lambda d, t: progress(Status("evaluate", d, t, layers, plan.layers)),
                 )
         result = Result(job, plan, records, proof, score, original, clock.seconds, done, model.dtype)
-        from compress.report import finish
-
         finish(result, journal.final)
         journal.publish()
     return result

@@ -17,7 +17,7 @@ from compress.types import settings
 
 if TYPE_CHECKING:
     from compress.evaluate.perplexity import Score
-    from compress.pipeline import Result
+    from compress.job import Result
 
 _NEEDS = {
     "compressed-tensors": "compressed-tensors accelerate",

@@ -17,8 +17,8 @@ from compress.types import settings
 if TYPE_CHECKING:
     from compress.calibration import EvalText
     from compress.evaluate.perplexity import Score
-    from compress.pipeline import Job, Result, Status
-    from compress.pipeline import Progress as Report
+    from compress.job import Job, Result, Status
+    from compress.job import Progress as Report
 
 _MB = 1e6
 
@@ -154,7 +154,9 @@ def print_result(result: Result) -> None:
             highlight=False,
             markup=False,
         )
-    console.print(f"next: compress eval {result.job.out} --against {result.job.origin}", highlight=False)
+    hub = "/" in result.job.origin or result.job.origin == "bundled"
+    against = result.job.origin if hub else result.job.source
+    console.print(f"next: compress eval {result.job.out} --against {against}", highlight=False, soft_wrap=True)
 
 
 def score_json(score: Score, base: Score | None, text: EvalText) -> dict[str, Any]:

@@ -53,7 +53,8 @@ import sys, time, torch
 torch.set_num_threads(2)
 import transformers, compress, compress.api
 from compress.calibration import Rows
-from compress.pipeline import Job, compress_checkpoint
+from compress.job import Job
+from compress.pipeline import compress_checkpoint
 from safetensors.torch import load_file
 from pathlib import Path
 model_dir, rows_file, out, bits, group = sys.argv[1:6]

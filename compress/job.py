@@ -1,0 +1,120 @@
+"""What a run is asked (Job), where it is (Status, Clock), and what it did (Result): plain values, no work."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.calibration import EvalText, Rows
+from compress.evaluate.perplexity import Score
+from compress.plan import Plan
+from compress.types import Pass
+from compress.verify import Proof
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run.
+
+    Attributes:
+        source: the model's folder.
+        out: the output folder's final name.
+        method: the pass.
+        format: name in the FORMATS table.
+        rows: calibration rows; None when the pass needs none.
+        text: evaluation text; None for no evaluation.
+        device, dtype: where and in what precision blocks run; dtype None for the checkpoint's own.
+        true_sequential: collect each layer's statistics after the layers before it in the block are compressed.
+        include, exclude: patterns on layer names.
+        lm_head: compress the output head too.
+        seed: recorded; the rows were drawn with it.
+        origin: what the user called the model (a hub id), for the records.
+    """
+
+    source: Path
+    out: Path
+    method: Pass
+    format: str = "compressed-tensors"
+    rows: Rows | None = None
+    text: EvalText | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    dtype: torch.dtype | None = None
+    true_sequential: bool = False
+    include: Sequence[str] = ()
+    exclude: Sequence[str] = ()
+    lm_head: bool = False
+    seed: int = 0
+    origin: str = ""
+    overwrite: bool = False
+    fresh: bool = False
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a run is; handed to the caller's progress line.
+
+    Attributes:
+        phase: "calibrate", "compress", "verify", "evaluate".
+        done, total: blocks (or what the phase counts).
+        layers, all_layers: layers compressed so far.
+    """
+
+    phase: str
+    done: int
+    total: int
+    layers: int = 0
+    all_layers: int = 0
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each part of a run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @contextmanager
+    def __call__(self, part: str) -> Iterator[None]:
+        begun = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - begun
+
+    def _now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did; report/ turns it into tables and files.
+
+    Attributes:
+        records: for each compressed layer its error, tokens and notes.
+        score, original: figures of the written file and of the original on the evaluation text.
+        seconds: by part of the run.
+        resumed: blocks taken over from an earlier, stopped run.
+    """
+
+    job: Job
+    plan: Plan
+    records: list[dict[str, Any]]
+    proof: Proof
+    score: Score | None
+    original: Score | None
+    seconds: dict[str, float]
+    resumed: int
+    dtype: torch.dtype
+
+
+Progress = Callable[[Status], None]
