@@ -21,7 +21,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress import cli, hidden, journal, output, pipeline, report
+from compress import cli, hidden, journal, output, pipeline
 
 BLOCKS = 4
 VARIANTS = {
@@ -373,7 +373,7 @@ PLACES = [
     (output, "write_shards", BLOCKS),
     (output, "carry_over", BLOCKS),
     (pipeline, "verify", BLOCKS),
-    (report, "finish", BLOCKS),
+    (pipeline, "finish", BLOCKS),
     (journal.Journal, "publish", BLOCKS),
 ]
 
