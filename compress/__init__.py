@@ -17,10 +17,13 @@ _HOMES = {
     "Options": "compress.options",
     "GPTQ": "compress.passes.gptq",
     "RTN": "compress.passes.rtn",
+    "Recipe": "compress.recipe",
+    "read_recipe": "compress.recipe",
+    "method": "compress.recipe",
     "CompressError": "compress.errors",
 }
 
-__all__ = ["GPTQ", "RTN", "CompressError", "Options", "__version__", "run", "score"]
+__all__ = ["GPTQ", "RTN", "CompressError", "Options", "Recipe", "__version__", "method", "read_recipe", "run", "score"]
 
 if TYPE_CHECKING:
     from compress.api import run, score
@@ -28,6 +31,7 @@ if TYPE_CHECKING:
     from compress.options import Options
     from compress.passes.gptq import GPTQ
     from compress.passes.rtn import RTN
+    from compress.recipe import Recipe, method, read_recipe
 
 
 def __getattr__(name: str) -> Any:

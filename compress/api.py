@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,14 +18,15 @@ from compress.calibration import EvalText, Rows, calibration_rows, evaluation_to
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.evaluate.perplexity import Score, cut_windows, evaluate
-from compress.formats import FORMATS
+from compress.formats import FORMATS, pick
 from compress.job import Job, Progress, Result, Status
 from compress.journal import check_output
 from compress.options import Options
 from compress.pipeline import compress_checkpoint, default_dtype, open_dense
 from compress.plan import check_room
 from compress.skeleton import load_config, quiet_transformers
-from compress.types import Needs, Pass
+from compress.recipe import Recipe
+from compress.types import Pass, Transform
 
 BUNDLED = "bundled"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -33,12 +34,12 @@ _HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def run(model: str | Path, method: Pass, out: str | Path | None = None, **options: Any) -> Result:
+def run(model: str | Path, method: Pass | Transform | Recipe, out: str | Path | None = None, **options: Any) -> Result:
     """Compress a model: `compress.run("MODEL", GPTQ(bits=4), out="OUT")`.
 
     Args:
         model: a folder, a hub id, or "bundled" for the small model that comes with the package.
-        method: a pass with its settings.
+        method: a pass or a transform with its settings, or a recipe (`compress.read_recipe`).
         out: the output folder.
         options: fields of `Options`; `progress` takes a callable that receives `Status`.
 
@@ -55,14 +56,17 @@ def run(model: str | Path, method: Pass, out: str | Path | None = None, **option
     return compress_checkpoint(make_job(str(model), method, chosen), progress or (lambda status: None))
 
 
-def make_job(model: str, method: Pass, options: Options, dry: bool = False) -> Job:
+def make_job(model: str, method: Pass | Transform | Recipe, options: Options, dry: bool = False) -> Job:
     """Resolve what the options name: folder, device, calibration rows, evaluation text.
 
     Args:
+        options: those at their defaults give way to the recipe's own.
         dry: leave calibration and evaluation text out (a plan needs neither).
     """
-    if options.format not in FORMATS:
-        raise CompressError(f"no format {options.format!r}", "--format", f"there are {', '.join(FORMATS)}")
+    recipe = Recipe.of(method)
+    options = under(options, recipe.options)
+    if options.format not in ("auto", *FORMATS):
+        raise CompressError(f"no format {options.format!r}", "--format", f"there are auto, {', '.join(FORMATS)}")
     if not 0 <= options.seed < 2**63:
         raise CompressError(f"{options.seed} is out of range", "--seed", "use 0 to 2^63 - 1")
     source = find_model(model, options.allow_pickle)
@@ -70,19 +74,19 @@ def make_job(model: str, method: Pass, options: Options, dry: bool = False) -> J
     if not dry:
         wake(device)
     name = BUNDLED if model == BUNDLED else os.path.basename(os.path.abspath(os.path.expanduser(model)))
-    out = options.out or Path(f"{name}-{method.name}-{method.storage.bits}bit")
+    out = options.out or Path(f"{name}-{recipe.label}")
     # what can be refused at once is, before texts are fetched and tokenised
     open_dense(source, options.allow_pickle)
     longest = context_length(source, options.trust_remote_code)
     if not dry:
         check_output(out, options.overwrite, source)
         check_room(out, 0)
-    rows, text = (None, None) if dry else _texts(source, method, options, device, longest)
+    rows, text = (None, None) if dry else _texts(source, recipe, options, device, longest)
     return Job(
         source=source,
         out=out,
-        method=method,
-        format=options.format,
+        recipe=recipe,
+        format=pick(options.format, [p.storage for p in recipe.passes]),
         rows=rows,
         text=text,
         device=device,
@@ -90,6 +94,7 @@ def make_job(model: str, method: Pass, options: Options, dry: bool = False) -> J
         true_sequential=options.true_sequential,
         include=options.include,
         exclude=options.exclude,
+        blocks=options.blocks,
         lm_head=options.lm_head,
         seed=options.seed,
         origin=name if Path(model).exists() else model,
@@ -100,11 +105,17 @@ def make_job(model: str, method: Pass, options: Options, dry: bool = False) -> J
     )
 
 
+def under(options: Options, given: Mapping[str, Any]) -> Options:
+    """`options`, with what a recipe gives in place of those that are at their defaults."""
+    plain = Options()
+    return replace(options, **{k: v for k, v in given.items() if getattr(options, k) == getattr(plain, k)})
+
+
 def _texts(
-    source: Path, method: Pass, options: Options, device: torch.device, longest: int | None
+    source: Path, recipe: Recipe, options: Options, device: torch.device, longest: int | None
 ) -> tuple[Rows | None, EvalText | None]:
-    """Calibration rows and evaluation text, None for what the pass and the options do without."""
-    calibrated = Needs.HESSIAN in method.needs
+    """Calibration rows and evaluation text, None for what the recipe and the options do without."""
+    calibrated = bool(recipe.needs)
     if not calibrated and options.no_eval:
         return None, None
     tokenizer = load_tokenizer(source, options.trust_remote_code)

@@ -17,9 +17,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from compress import linear as computing
 from compress.errors import CompressError
 from compress.formats.base import LayerShape
 from compress.skeleton import Part, decoder_blocks, disk_names, keeps_transposed, skeleton
+from compress.types import Packed, moved
 from compress.weights import Weights
 
 #: linear modules that steer experts: far too small to matter, far too sensitive to quantise
@@ -92,6 +94,7 @@ class BlockModel:
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._tuple: bool | None = None
         self._ready = False
+        self._experts_packed: dict[str, dict[int, list[tuple[int, Packed]]]] = {}
 
     @property
     def block_names(self) -> list[str]:
@@ -169,6 +172,8 @@ class BlockModel:
         for param in self._params(self.block_names[block]):
             self._fill(param)
         loaded: nn.Module = self._blocks[block].to(self.device)
+        for linear in self.linears(block):
+            self._compute_as_stored(linear)
         return loaded
 
     def free(self, block: int) -> None:
@@ -177,6 +182,9 @@ class BlockModel:
             return
         for param in self._params(self.block_names[block]):
             _set(self.model, param, torch.empty_like(self.model.get_parameter(param), device="meta"))
+        for module in self._blocks[block].modules():
+            computing.remove(module)
+        self._experts_packed.clear()
 
     def weight(self, linear: Linear) -> Tensor:
         """A loaded weight matrix as [out, in] (a view where possible)."""
@@ -188,6 +196,28 @@ class BlockModel:
     def set_weight(self, linear: Linear, weight: Tensor) -> None:
         """Overwrite a loaded weight matrix with [out, in] values."""
         self.weight(linear).copy_(weight)
+
+    def set_packed(self, linear: Linear, packed: Packed) -> Tensor:
+        """Let a loaded layer compute what its packed form will. Returns the dequantised weight [out, in]."""
+        dense = packed.dequantize()
+        self.set_weight(linear, dense)
+        if not packed.storage.activations:
+            return dense
+        if linear.expert is None:
+            computing.install(self.model.get_submodule(linear.param.rpartition(".")[0]), packed)
+        else:
+            slices = self._experts_packed.setdefault(linear.param, {}).setdefault(linear.expert, [])
+            slices.append((linear.first_row, packed))
+        return dense
+
+    def set_param(self, name: str, value: Tensor) -> None:
+        """Overwrite the loaded parameter that the disk tensor `name` fills."""
+        param = next(p for p, parts in self._parts.items() if any(part.name == name for part in parts))
+        self.model.get_parameter(param).data.copy_(value)
+
+    def _compute_as_stored(self, linear: Linear) -> None:
+        if self.weights.activations(linear.name):
+            self.set_packed(linear, moved(self.weights.read_packed(linear.name), self.device))
 
     def _params(self, prefix: str) -> list[str]:
         return [p for p in self._parts if p.startswith(prefix + ".")]
@@ -227,6 +257,9 @@ class BlockModel:
             if not param.startswith(inside):
                 self._fill(param)
         self.model.tie_weights()
+        head = self.head()
+        if head is not None:
+            self._compute_as_stored(head)
         for name, buffer in list(self.model.named_buffers()):
             if name in self._buffers:  # small, so those of the blocks are loaded here too, once and for all
                 stored = self.weights.read(self._buffers[name])
@@ -287,10 +320,12 @@ class BlockModel:
             self.logits(hidden, torch.zeros(shape, dtype=torch.int64))
             return hidden
         call = self._calls[shape][block]
-        if call.keyword:
-            out = self._blocks[block](*call.args, hidden_states=hidden, **call.kwargs)
-        else:
-            out = self._blocks[block](hidden, *call.args, **call.kwargs)
+        fused = [(self.model.get_parameter(p).data, slices) for p, slices in self._experts_packed.items()]
+        with computing.Experts(fused) if fused else contextlib.nullcontext():
+            if call.keyword:
+                out = self._blocks[block](*call.args, hidden_states=hidden, **call.kwargs)
+            else:
+                out = self._blocks[block](hidden, *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 

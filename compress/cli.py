@@ -23,12 +23,15 @@ from typer.core import TyperGroup
 
 from compress.errors import CompressError, Interrupted
 from compress.options import Options
-from compress.passes import PASSES, load
+from compress.passes import known, load
 
 if TYPE_CHECKING:
-    from compress.types import Pass
+    from compress.recipe import Recipe
+    from compress.types import Pass, Transform
 
 _OTHER = {
+    "run": "the steps of a recipe (YAML): mixed bits, prune then quantise, rescale then quantise",
+    "methods": "every method: its paper, and which formats can hold its result",
     "eval": "perplexity of any checkpoint, dense or packed, ours or another tool's",
     "demo": "the whole job on a small model that comes with the package: no hub, no GPU, a minute",
 }
@@ -44,10 +47,10 @@ class LazyGroup(TyperGroup):
     """Lists every command from plain tables; builds the one that is called."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        return [*PASSES, *_OTHER]
+        return [*known(), *_OTHER]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        if cmd_name in PASSES or cmd_name in _OTHER:
+        if cmd_name in known() or cmd_name in _OTHER:
             return _build(cmd_name) if ctx.meta.get("compress.building") else _stub(cmd_name)
         return None
 
@@ -58,7 +61,7 @@ class LazyGroup(TyperGroup):
 
 def _stub(name: str) -> Any:
     """A command with a name and a help line only, for the list."""
-    summary = PASSES[name].summary if name in PASSES else _OTHER[name]
+    summary = _OTHER[name] if name in _OTHER else known()[name].summary
     small = typer.Typer(add_completion=False)
     small.command(name=name, help=summary)(lambda: None)
     return typer.main.get_command(small)
@@ -66,7 +69,12 @@ def _stub(name: str) -> Any:
 
 def _build(name: str) -> Any:
     small = typer.Typer(add_completion=False, rich_markup_mode=None)
-    functions: dict[str, Callable[..., None]] = {"eval": eval_command, "demo": demo_command}
+    functions: dict[str, Callable[..., None]] = {
+        "eval": eval_command,
+        "demo": demo_command,
+        "methods": methods_command,
+        "run": run_command(),
+    }
     function = functions.get(name) or pass_command(name)
     small.command(name=name, help=inspect.getdoc(function))(function)
     return typer.main.get_command(small)
@@ -126,6 +134,11 @@ def _take(settings: type[Any], given: dict[str, Any]) -> dict[str, Any]:
     return {k: tuple(v) if isinstance(v, list) else v for k, v in given.items() if k in names}
 
 
+_MODEL = inspect.Parameter(
+    "model",
+    inspect.Parameter.POSITIONAL_OR_KEYWORD,
+    annotation=Annotated[str, typer.Argument(help="model folder, hub id, or 'bundled'")],
+)
 _SWITCHES = [
     inspect.Parameter(
         name, inspect.Parameter.KEYWORD_ONLY, default=False, annotation=Annotated[bool, typer.Option(flag, help=text)]
@@ -145,19 +158,58 @@ def pass_command(name: str) -> Callable[..., None]:
     def command(model: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
         _run(model, method(**_take(method, given)), Options(**_take(Options, given)), dry_run, as_json, quiet)
 
+    return _dressed(command, [_MODEL, *_parameters(method), *_parameters(Options), *_SWITCHES], inspect.getdoc(method))
+
+
+def run_command() -> Callable[..., None]:
+    """The function behind `compress run RECIPE MODEL`."""
+
+    def command(recipe: Path, model: str, show: bool, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+        from compress.recipe import read_recipe
+
+        steps = read_recipe(recipe)
+        _run(model, steps, Options(**_take(Options, given)), dry_run or show, as_json, quiet)
+
     first = inspect.Parameter(
-        "model",
+        "recipe",
         inspect.Parameter.POSITIONAL_OR_KEYWORD,
-        annotation=Annotated[str, typer.Argument(help="model folder, hub id, or 'bundled'")],
+        annotation=Annotated[Path, typer.Argument(help="a YAML file with a list of steps")],
     )
-    parameters = [first, *_parameters(method), *_parameters(Options), *_SWITCHES]
+    text = "print the resolved plan: which step takes which layers, sizes, what is left dense (same as --dry-run)"
+    show = inspect.Parameter(
+        "show",
+        inspect.Parameter.KEYWORD_ONLY,
+        default=False,
+        annotation=Annotated[bool, typer.Option("--show", help=text)],
+    )
+    return _dressed(
+        command,
+        [first, _MODEL, *_parameters(Options), show, *_SWITCHES],
+        "The steps of a recipe in order. Options given here go before the recipe's own.",
+    )
+
+
+def _dressed(
+    command: Callable[..., None], parameters: list[inspect.Parameter], text: str | None
+) -> Callable[..., None]:
+    """The function with the signature and help that typer reads."""
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     command.__annotations__ = {p.name: p.annotation for p in parameters}
-    command.__doc__ = inspect.getdoc(method)
+    command.__doc__ = text
     return command
 
 
-def _run(model: str, method: Pass, options: Options, dry_run: bool, as_json: bool, quiet: bool) -> None:
+def methods_command(as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False) -> None:
+    """Every method: one line, its paper, and the formats that can hold its result at its default settings."""
+    from compress.report import screen
+
+    found = screen.methods()
+    print(json.dumps(found, indent=2)) if as_json else screen.print_methods(found)
+
+
+def _run(
+    model: str, method: Pass | Transform | Recipe, options: Options, dry_run: bool, as_json: bool, quiet: bool
+) -> None:
     import torch
 
     from compress import api

@@ -14,7 +14,7 @@ import torch
 from compress.calibration import EvalText, Rows
 from compress.evaluate.perplexity import Score
 from compress.plan import Plan
-from compress.types import Pass
+from compress.recipe import Recipe
 from compress.verify import Proof
 
 
@@ -25,13 +25,14 @@ class Job:
     Attributes:
         source: the model's folder.
         out: the output folder's final name.
-        method: the pass.
+        recipe: what to do.
         format: name in the FORMATS table.
         rows: calibration rows; None when the pass needs none.
         text: evaluation text; None for no evaluation.
         device, dtype: where and in what precision blocks run; dtype None for the checkpoint's own.
         true_sequential: collect each layer's statistics after the layers before it in the block are compressed.
         include, exclude: patterns on layer names.
+        blocks: the blocks to compress, "0-3,-1"; "" for all.
         lm_head: compress the output head too.
         seed: recorded; the rows were drawn with it.
         origin: what the user called the model (a hub id), for the records.
@@ -39,7 +40,7 @@ class Job:
 
     source: Path
     out: Path
-    method: Pass
+    recipe: Recipe
     format: str = "compressed-tensors"
     rows: Rows | None = None
     text: EvalText | None = None
@@ -48,6 +49,7 @@ class Job:
     true_sequential: bool = False
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
+    blocks: str = ""
     lm_head: bool = False
     seed: int = 0
     origin: str = ""
@@ -104,6 +106,7 @@ class Result:
         score, original: figures of the written file and of the original on the evaluation text.
         seconds: by part of the run.
         resumed: blocks taken over from an earlier, stopped run.
+        notes: what transforms had to say.
     """
 
     job: Job
@@ -115,6 +118,7 @@ class Result:
     seconds: dict[str, float]
     resumed: int
     dtype: torch.dtype
+    notes: list[str] = field(default_factory=list)
 
 
 Progress = Callable[[Status], None]

@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +147,23 @@ class Journal:
     def _records(self, block: int) -> Path:
         return self.folder / f"block-{block:05d}.json"
 
-    def add(self, block: int, tensors: dict[str, Tensor], records: list[dict[str, Any]]) -> None:
-        """Write a finished block: tensors first, then the records that make it count."""
+    def add(
+        self,
+        block: int,
+        tensors: dict[str, Tensor],
+        records: list[dict[str, Any]],
+        changed: Mapping[str, str] | None = None,
+        notes: Sequence[str] = (),
+    ) -> None:
+        """Write a finished block: tensors first, then the records that make it count.
+
+        Args:
+            changed: sha256 of tensors that replace the source's without being packed, by name.
+            notes: what the report must say of the block.
+        """
         digest = save_tensors(self._file(block), tensors)
-        write_json(self._records(block), {"sha256": digest, "layers": records})
+        value = {"sha256": digest, "layers": records, "changed": dict(changed or {}), "notes": list(notes)}
+        write_json(self._records(block), value)
 
     def tensors(self, block: int) -> dict[str, Stored]:
         """Where a finished block's tensors are. Raises CompressError when the file is not what was written."""
@@ -165,9 +178,22 @@ class Journal:
         layers: list[dict[str, Any]] = self._read(block)["layers"]
         return layers
 
+    def everything(self, blocks: int) -> tuple[list[dict[str, Any]], dict[str, str], list[str]]:
+        """Layer records, changed tensors and notes of the first `blocks` blocks."""
+        records: list[dict[str, Any]] = []
+        changed: dict[str, str] = {}
+        notes: list[str] = []
+        for block in range(blocks):
+            found = self._read(block)
+            records += found["layers"]
+            changed |= found["changed"]
+            notes += [n for n in found["notes"] if n not in notes]
+        return records, changed, notes
+
     def _read(self, block: int) -> dict[str, Any]:
         found = read_json(self._records(block), _FRESH)
-        if not isinstance(found.get("sha256"), str) or not isinstance(found.get("layers"), list):
+        kinds = {"sha256": str, "layers": list, "changed": dict, "notes": list}
+        if not all(isinstance(found.get(key), kind) for key, kind in kinds.items()):
             raise CompressError("holds no records of a block", str(self._records(block)), _FRESH)
         return found
 

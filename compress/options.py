@@ -16,7 +16,11 @@ class Options:
     """Where data comes from, where the result goes, what is allowed."""
 
     out: Path | None = _option(None, "output folder; default: MODEL-METHOD-BITSbit here", "-o", "--out")
-    format: str = _option("compressed-tensors", "compressed-tensors, gptq (v1) or gptq_v2")
+    format: str = _option(
+        "auto",
+        "compressed-tensors, gptq (v1), gptq_v2 or native (our own, for what no client holds); default: "
+        "compressed-tensors, or native where the result fits no other",
+    )
     calib: str = _option(
         "pile",
         "calibration data: pile, c4, wikitext2, ptb, bundled, self (the model's own text), a .txt/.jsonl/.parquet "
@@ -31,6 +35,7 @@ class Options:
     no_eval: bool = _option(False, "do not evaluate")
     include: tuple[str, ...] = _option((), "only layers whose name matches this pattern (repeatable)")
     exclude: tuple[str, ...] = _option((), "leave layers whose name matches this pattern (repeatable)")
+    blocks: str = _option("", "only these decoder blocks: 0-3,-1")
     lm_head: bool = _option(False, "compress the output head too (not where it is tied to the embeddings)")
     true_sequential: bool = _option(
         False, "collect each layer's statistics after the layers before it in the block were compressed"

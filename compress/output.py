@@ -43,7 +43,7 @@ def tensors(plan: Plan, source: Checkpoint, journal: Journal) -> Iterator[tuple[
     for name, stored in source.tensors.items():
         layer = name.removesuffix(".weight")
         if layer not in replaced:
-            yield name, stored
+            yield name, packed.get(name, stored)  # ours where a transform changed it
             continue
         for suffix in plan.format.suffixes:
             if f"{layer}.{suffix}" in packed:

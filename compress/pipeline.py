@@ -5,16 +5,13 @@ compress_checkpoint() is the whole system in one function; what it calls are the
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compress import plan as planning
-from compress import stats
-from compress.blocks import BlockModel, Linear
+from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.evaluate.perplexity import evaluate
@@ -25,8 +22,9 @@ from compress.journal import Journal, check_output
 from compress.output import assemble
 from compress.plan import Plan
 from compress.report import finish
-from compress.types import LayerStats, Needs, Solved, settings
-from compress.verify import digest, verify
+from compress.solve import compress_block, survey_model
+from compress.types import moved
+from compress.verify import verify
 from compress.weights import Weights
 
 
@@ -78,11 +76,11 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
     check_output(job.out, job.overwrite, job.source)
     with clock("load"):
         weights, model = open_model(job, job.out.with_name(job.out.name + ".unpickled"))
-    plan = planning.make_plan(model, job.method, FORMATS[job.format], job.include, job.exclude, job.lm_head)
+    plan = planning.make_plan(model, job.recipe, FORMATS[job.format], job.include, job.exclude, job.blocks, job.lm_head)
     planning.check_room(job.out, 2 * plan.bytes_after)
-    if Needs.HESSIAN in plan.method.needs and job.rows is None:
+    if plan.needs and job.rows is None:
         raise CompressError(
-            f"{plan.method.name} needs calibration data", "--calib", "pass --calib bundled or a text file"
+            f"{plan.recipe.name} needs calibration data", "--calib", "pass --calib bundled or a text file"
         )
 
     with Journal(job.out, job.overwrite, job.source) as journal:
@@ -94,6 +92,7 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
         if flow is not None:
             with clock("forward"):
                 flow.enter()
+        survey = survey_model(model, plan, flow, clock) if flow is not None and plan.needs.survey else {}
         layers = 0
         for block, linears in enumerate(plan.blocks):
             last = block + 1 == len(plan.blocks)
@@ -103,9 +102,9 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
                 if block < done:
                     restore(model, journal, plan, block)
                 else:
-                    tensors, records = compress_block(model, plan, block, flow, job.true_sequential, clock)
+                    made = compress_block(model, plan, block, flow, survey, job.true_sequential, clock)
                     with clock("write"):
-                        journal.add(block, tensors, records)
+                        journal.add(block, made.tensors, made.records, made.changed, made.notes)
                 if flow is not None and not last:
                     with clock("forward"):
                         flow.advance(block)
@@ -114,11 +113,11 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
             progress(Status("compress", block + 1, len(plan.blocks), layers, plan.layers))
         if flow is not None:
             flow.close()
-        records = [r for block in range(len(plan.blocks)) for r in journal.records(block)]
+        records, changed, notes = journal.everything(len(plan.blocks))
         with clock("write"):
             assemble(plan, weights.checkpoint, journal)
         with clock("verify"):
-            proof = verify(journal.final, records, weights.checkpoint, job.trust_remote_code)
+            proof = verify(journal.final, records, weights.checkpoint, job.trust_remote_code, changed)
         score = original = None
         if job.text is not None:
             with clock("evaluate"):
@@ -132,7 +131,7 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
                     trust_remote_code=job.trust_remote_code,
                     step=lambda d, t: progress(Status("evaluate", d, t, layers, plan.layers)),
                 )
-        result = Result(job, plan, records, proof, score, original, clock.seconds, done, model.dtype)
+        result = Result(job, plan, records, proof, score, original, clock.seconds, done, model.dtype, notes)
         finish(result, journal.final)
         journal.publish()
     return result
@@ -143,90 +142,12 @@ def start_flow(model: BlockModel, plan: Plan, job: Job, spill: Path, rows_before
 
     Batches are sized to the free memory; a run that goes on keeps the size it began with, and so its sums.
     """
-    if job.rows is None or Needs.HESSIAN not in plan.method.needs:
+    if job.rows is None or not plan.needs:
         return None
     tokens = job.rows.tokens
     widest = max(linear.shape[0] for block in plan.blocks for linear in block)
     size = rows_before or batch_rows(len(tokens), tokens.shape[1], model.hidden_size, widest, job.device)
     return Activations(model, tokens, size, spill)
-
-
-def compress_block(
-    model: BlockModel, plan: Plan, block: int, flow: Activations | None, true_sequential: bool, clock: Clock
-) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-    """Compress every chosen layer of a loaded block, in place.
-
-    Returns:
-        the tensors to store, by full name, and a record for each layer.
-    """
-    linears = plan.blocks[block]
-    if flow is None or not linears:
-        inputs = [stats.Inputs([linear], LayerStats(0)) for linear in linears]
-    else:
-        with clock("hessian"):
-            inputs = stats.collect(model, block, linears, flow)
-    tensors: dict[str, Tensor] = {}
-    records: list[dict[str, Any]] = []
-    for position in range(len(inputs)):
-        group = inputs[position]
-        if flow is not None and true_sequential and position and group.stage != inputs[position - 1].stage:
-            with clock("hessian"):  # the layers before this one are compressed now
-                rest = [linear for later in inputs[position:] for linear in later.linears]
-                inputs[position:] = stats.collect(model, block, rest, flow)
-            group = inputs[position]
-        with clock("solve"):
-            weight = torch.cat([model.weight(linear).float() for linear in group.linears])
-            solved = solve(plan, group, weight)
-        start = 0
-        for linear in group.linears:
-            stop = start + linear.shape[0]
-            part = solved.packed.rows(start, stop)
-            dense = part.dequantize()
-            model.set_weight(linear, dense)
-            stored = {f"{linear.name}.{s}": t.cpu() for s, t in plan.format.pack(part).items()}
-            tensors |= stored
-            records.append(record(linear, group.stats, solved, start, stop, stored, dense))
-            start = stop
-    return tensors, records
-
-
-def solve(plan: Plan, group: stats.Inputs, weight: Tensor) -> Solved:
-    """Run the pass on the rows of all layers that share an input; errors name the layers."""
-    try:
-        return plan.method(weight, group.stats, plan.scale_dtype)
-    except CompressError as error:
-        names = ", ".join(linear.name for linear in group.linears)
-        raise CompressError(error.what, error.where or f"layer {names}", error.remedy) from None
-
-
-def record(
-    linear: Linear,
-    layer_stats: LayerStats,
-    solved: Solved,
-    start: int,
-    stop: int,
-    stored: dict[str, Tensor],
-    dense: Tensor,
-) -> dict[str, Any]:
-    """What the report says of one layer."""
-    loss, norm = float(solved.row_loss[start:stop].sum()), float(solved.row_norm[start:stop].sum())
-    if not math.isfinite(loss) or not math.isfinite(norm):
-        what = f"its error overflows float32 (weights up to {float(dense.abs().max()):.1e})"
-        raise CompressError(what, f"layer {linear.name}", f"--exclude '{linear.name}' leaves it dense")
-    notes = list(solved.notes)
-    if linear.expert is not None and layer_stats.hessian is not None and layer_stats.tokens < linear.shape[1]:
-        notes.append(f"only {layer_stats.tokens} calibration tokens reached this expert ({linear.shape[1]} inputs)")
-    nbytes = sum(t.numel() * t.element_size() for t in stored.values())
-    return {
-        "name": linear.name,
-        "shape": list(linear.shape),
-        "bytes": nbytes,
-        "bits_per_weight": 8 * nbytes / (linear.shape[0] * linear.shape[1]),
-        "tokens": layer_stats.tokens,
-        "relative_error": loss / norm if norm > 0 else 0.0,
-        "notes": notes,
-        "sha256_dense": digest(dense),
-    }
 
 
 def restore(model: BlockModel, journal: Journal, plan: Plan, block: int) -> None:
@@ -236,10 +157,11 @@ def restore(model: BlockModel, journal: Journal, plan: Plan, block: int) -> None
     stored = journal.tensors(block)
     config = plan.quantization_config()
     for linear in plan.blocks[block]:
-        parts = {
-            s: read_tensor(stored[f"{linear.name}.{s}"]) for s in plan.format.suffixes if f"{linear.name}.{s}" in stored
-        }
-        model.set_weight(linear, plan.format.unpack(linear.name, parts, config).dequantize())
+        names = {s: f"{linear.name}.{s}" for s in plan.format.suffixes}
+        parts = {s: read_tensor(stored.pop(n)) for s, n in names.items() if n in stored}
+        model.set_packed(linear, moved(plan.format.unpack(linear.name, parts, config), model.device))
+    for name, tensor in stored.items():  # what a transform changed beside the packed layers
+        model.set_param(name, read_tensor(tensor))
 
 
 def fingerprint(
@@ -253,10 +175,15 @@ def fingerprint(
     device = torch.cuda.get_device_name(job.device) if job.device.type == "cuda" else "cpu"
     return {
         "checkpoint": sources,
-        "method": {"name": plan.method.name, **settings(plan.method)},
+        "method": plan.recipe.as_json(),
         "format": plan.format.name,
         "calibration": None if job.rows is None else {"source": job.rows.source, "sha256": job.rows.sha256},
-        "layers": {"include": list(job.include), "exclude": list(job.exclude), "lm_head": job.lm_head},
+        "layers": {
+            "include": list(job.include),
+            "exclude": list(job.exclude),
+            "lm_head": job.lm_head,
+            "blocks": job.blocks,
+        },
         "true_sequential": job.true_sequential,
         "seed": job.seed,
         "batch_rows": None if flow is None else flow.size,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,9 @@ import torch
 
 from compress.blocks import ROUTERS, BlockModel, Linear
 from compress.errors import CompressError
-from compress.formats.base import Format
-from compress.packed.uniform import UniformGrid
-from compress.types import Needs, Pass, Storage
+from compress.formats.base import Format, Held
+from compress.recipe import Recipe, Where, chained
+from compress.types import Needs, Pass, Storage, Transform
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,23 @@ class Plan:
     """What a run will do.
 
     Attributes:
-        method: the pass with every setting filled.
+        recipe: every setting filled.
         blocks: for each decoder block, the matrices that will be compressed.
+        choice: by layer name, the passes that take it, in order.
         skipped: matrices that stay dense.
         total_weights: all parameters of the checkpoint.
         packed_weights: parameters that will be compressed.
-        bytes_before, bytes_after: weight bytes on disk (after: computed from the format).
+        bytes_before, bytes_after: weight bytes on disk (after: computed from the format, an estimate for kinds whose size
+            depends on the weights).
         bits_per_weight: stored bits for each compressed parameter.
         device_bytes: estimate of the peak on the device.
     """
 
-    method: Pass
+    recipe: Recipe
     format: Format
     scale_dtype: torch.dtype
     blocks: list[list[Linear]]
+    choice: dict[str, tuple[Pass, ...]]
     skipped: list[Skipped]
     total_weights: int
     packed_weights: int
@@ -65,31 +68,55 @@ class Plan:
     def layers(self) -> int:
         return sum(len(b) for b in self.blocks)
 
+    @property
+    def needs(self) -> Needs:
+        return self.recipe.needs
+
+    def storage(self, linear: Linear) -> Storage:
+        """How a layer will be stored."""
+        return chained(self.choice[linear.name])
+
+    def taken(self) -> list[int]:
+        """For each step of the recipe, how many layers it takes (a transform: those of the blocks that it is for)."""
+        counts = []
+        for step in self.recipe.steps:
+            if isinstance(step.method, Transform):
+                total = len(self.blocks)
+                counts.append(sum(len(b) for i, b in enumerate(self.blocks) if step.where.holds("", i, total)))
+            else:
+                counts.append(sum(any(p is step.method for p in passes) for passes in self.choice.values()))
+        return counts
+
     def quantization_config(self) -> dict[str, Any]:
         """What config.json will say. Raises CompressError for a mix of layers that the format cannot tell apart."""
         linears = [linear for block in self.blocks for linear in block]
-        storages = {linear.param.removesuffix(".weight"): self.method.storage for linear in linears}
+        held = [
+            Held(x.name, x.param.removesuffix(".weight"), x.shape, self.storage(x), self.scale_dtype) for x in linears
+        ]
         ignored = [s.module for s in self.skipped if s.module is not None]
-        return self.format.config(storages, ignored, any(linear.own_forward for linear in linears))
+        return self.format.config(held, ignored, any(linear.own_forward for linear in linears))
 
 
 def make_plan(
     model: BlockModel,
-    method: Pass,
+    recipe: Recipe,
     format: Format,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    blocks: str = "",
     lm_head: bool = False,
 ) -> Plan:
-    """Choose layers, settle the pass, ask the format about each layer, add up sizes.
+    """Choose layers, settle the passes, ask the format about each layer, add up sizes.
 
     Args:
         include, exclude: shell patterns on disk names of layers ("*.mlp.*"); include defaults to all.
+        blocks: the blocks to compress ("0-3,-1"); all by default.
         lm_head: compress the output head too, as one more block behind the last.
 
     Raises:
-        CompressError: a pattern that matches nothing, nothing left to compress, a layer the format cannot hold, a head
-            that is tied to the embeddings, an architecture most of whose weights are not in linear layers.
+        CompressError: a pattern that matches nothing, a step that takes no layer, nothing left to compress, a layer the
+            format cannot hold, a head that is tied to the embeddings, an architecture most of whose weights are not in
+            linear layers.
     """
     everything = [model.linears(i) for i in range(len(model.block_names))]
     names = [linear.name for block in everything for linear in block]
@@ -98,21 +125,31 @@ def make_plan(
             if not fnmatch.filter(names, pattern):
                 what = f"pattern {pattern!r} matches none of {len(names)} layers"
                 raise CompressError(what, option, f"names look like {names[0]}")
+    wanted = Where(tuple(include), tuple(exclude), blocks)
     chosen: list[list[Linear]] = []
+    choice: dict[str, tuple[Pass, ...]] = {}
     skipped: list[Skipped] = []
-    for block in everything:
-        reasons = {linear: _reason(linear, include, exclude) for linear in block}
-        chosen.append([linear for linear, reason in reasons.items() if reason is None])
-        skipped += [
-            Skipped(x.name, x.shape[0] * x.shape[1], reason, x.param.removesuffix(".weight"))
-            for x, reason in reasons.items()
-            if reason is not None
-        ]
+    for i, block in enumerate(everything):
+        chosen.append([])
+        for linear in block:
+            reason = _reason(linear, wanted, i, len(everything))
+            passes = recipe.choose(linear.name, i, len(everything)) if reason is None else None
+            if passes is None:
+                module = linear.param.removesuffix(".weight")
+                count = linear.shape[0] * linear.shape[1]
+                skipped.append(Skipped(linear.name, count, reason or "kept by the recipe", module))
+            else:
+                choice[linear.name] = passes
+                chosen[-1].append(linear)
     if not any(chosen):
         raise CompressError(f"0 of {len(names)} layers are left", "--include/--exclude", "widen the patterns")
     skipped += _uncovered(model, everything)
     head = _head(model) if lm_head else None
     if head is not None:
+        passes = recipe.choose(head.name, len(everything), len(everything))
+        if passes is None:
+            raise CompressError("no step of the recipe takes the head", "--lm-head", "add one without patterns")
+        choice[head.name] = passes
         chosen.append([head])
     weights = model.weights
     for name in model.dense_linears():
@@ -120,32 +157,56 @@ def make_plan(
             weight = model.model.get_submodule(name).weight
             skipped.append(Skipped(name, weight.numel(), "outside the decoder blocks", name))
     skipped += _unused(model)
-    method = method.settle(sorted({linear.shape[1] for block in chosen for linear in block}))
+    recipe, choice = _settle(recipe, choice, chosen, names)
     first = next(linear for block in chosen for linear in block)
     stored = weights.dtype(first.name + ".weight")
     scale_dtype = format.scale_dtype(stored)
-    refuse(method.storage, format, (linear for block in chosen for linear in block))
+    refuse(choice, format, (linear for block in chosen for linear in block))
 
     tensors = weights.checkpoint.tensors
     before = sum(t.nbytes for t in tensors.values())
     gone = sum(tensors[linear.name + ".weight"].nbytes for block in chosen for linear in block)
-    packed = sum(layer_bytes(linear, method.storage, format, scale_dtype) for block in chosen for linear in block)
+    packed = sum(
+        format.nbytes(chained(choice[linear.name]), linear.shape, scale_dtype) for block in chosen for linear in block
+    )
     count = sum(linear.shape[0] * linear.shape[1] for block in chosen for linear in block)
     plan = Plan(
-        method,
+        recipe,
         format,
         scale_dtype,
         chosen,
+        choice,
         skipped,
         sum(t.numel for t in tensors.values()),
         count,
         before,
         before - gone + packed,
         8.0 * packed / count,
-        _device_estimate(model, chosen, method),
+        _device_estimate(model, chosen, recipe.needs),
     )
     plan.quantization_config()  # refuses now what could not be written later
     return plan
+
+
+def _settle(
+    recipe: Recipe, choice: dict[str, tuple[Pass, ...]], chosen: list[list[Linear]], names: Sequence[str]
+) -> tuple[Recipe, dict[str, tuple[Pass, ...]]]:
+    """Settle every pass for the widths of the layers that it takes. Raises CompressError for one that takes none."""
+    settled: dict[int, Pass] = {}
+    steps = []
+    for i, step in enumerate(recipe.steps):
+        method = step.method
+        if method is not None and not isinstance(method, Transform):
+            mine = [x for block in chosen for x in block if any(p is method for p in choice[x.name])]
+            if not mine:
+                what = f"step {i + 1} ({step.name}) takes none of {len(names)} layers"
+                raise CompressError(what, recipe.name, "an earlier step has them, or its patterns match nothing")
+            settled[id(method)] = method.settle(sorted({x.shape[1] for x in mine}))
+            step = replace(step, method=settled[id(method)])
+        steps.append(step)
+    return replace(recipe, steps=tuple(steps)), {
+        name: tuple(settled[id(p)] for p in passes) for name, passes in choice.items()
+    }
 
 
 def _head(model: BlockModel) -> Linear:
@@ -179,39 +240,27 @@ def _unused(model: BlockModel) -> list[Skipped]:
     return [Skipped(n, t.numel, "the model has no such parameter") for n, t in found]
 
 
-def _reason(linear: Linear, include: Sequence[str], exclude: Sequence[str]) -> str | None:
+def _reason(linear: Linear, wanted: Where, block: int, count: int) -> str | None:
     """Why a layer stays dense, None if it does not."""
-    if any(fnmatch.fnmatch(linear.name, p) for p in exclude):
+    if any(fnmatch.fnmatch(linear.name, p) for p in wanted.exclude):
         return "--exclude"
-    if include and not any(fnmatch.fnmatch(linear.name, p) for p in include):
-        return "not in --include"
-    if not include and ROUTERS.search(linear.name):
+    if not wanted.holds(linear.name, block, count):
+        return "not in --blocks" if replace(wanted, blocks="").holds(linear.name, block, count) else "not in --include"
+    if not wanted.layers and ROUTERS.search(linear.name):
         return "routes tokens to experts"
     return None
 
 
-def refuse(storage: Storage, format: Format, linears: Iterable[Linear]) -> None:
+def refuse(choice: dict[str, tuple[Pass, ...]], format: Format, linears: Iterable[Linear]) -> None:
     """Raise CompressError for the first layer that the format cannot hold."""
     for linear in linears:
-        reason = format.why_not(storage, linear.layer_shape)
+        reason = format.why_not(chained(choice[linear.name]), linear.layer_shape)
         if reason is not None:
             what, _, remedy = reason.partition(": ")
             raise CompressError(what, f"layer {linear.name}", remedy)
 
 
-def layer_bytes(linear: Linear, storage: Storage, format: Format, scale_dtype: torch.dtype) -> int:
-    """Bytes on disk of one layer, by packing it on the meta device."""
-    rows, columns = linear.shape
-    groups = 1 if storage.group_size == -1 else -(-columns // storage.group_size)
-    meta = torch.device("meta")
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=meta)
-    scales = torch.empty(rows, groups, dtype=scale_dtype, device=meta)
-    zeros = None if storage.symmetric else torch.empty(rows, groups, dtype=torch.uint8, device=meta)
-    parts = format.pack(UniformGrid(codes, scales, zeros, storage.bits, storage.group_size))
-    return sum(t.numel() * t.element_size() for t in parts.values())
-
-
-def _device_estimate(model: BlockModel, chosen: list[list[Linear]], method: Pass) -> int:
+def _device_estimate(model: BlockModel, chosen: list[list[Linear]], needs: Needs) -> int:
     """Bytes: the largest block in the compute dtype, its Hessians, and four float32 copies of its widest layer."""
     width = model.dtype.itemsize
     most, outside = 0, 0
@@ -227,7 +276,7 @@ def _device_estimate(model: BlockModel, chosen: list[list[Linear]], method: Pass
         widest = max((linear.shape[0] * linear.shape[1] * 4 for linear in linears), default=0)
         square = max((linear.shape[1] ** 2 * 4 for linear in linears), default=0)
         need = block + 4 * widest
-        if Needs.HESSIAN in method.needs:
+        if needs.hessian:
             need += sum(hessians.values()) + 4 * square
         most = max(most, need)
     inside = model.block_names[0].rpartition(".")[0] + "."

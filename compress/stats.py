@@ -1,6 +1,6 @@
 """Statistics of what enters each linear layer of a block. The only file with hooks.
 
-Layers that are fed the same tensor (q, k, v; gate, up) share one Hessian. Experts of a fused 3-D tensor are seen at
+Layers that are fed the same tensor (q, k, v; gate, up) share one set. Experts of a fused 3-D tensor are seen at
 their calls of `torch.nn.functional.linear`, which the eager experts implementation makes once an expert.
 """
 
@@ -18,7 +18,7 @@ from torch.overrides import TorchFunctionMode
 from compress.blocks import BlockModel, Linear
 from compress.errors import CompressError
 from compress.hidden import Activations
-from compress.types import LayerStats
+from compress.types import LayerStats, Needs
 
 
 @dataclass
@@ -26,7 +26,7 @@ class Inputs:
     """Layers with one common input, in the order in which the block runs them.
 
     Attributes:
-        linears: they share in_features and the Hessian.
+        linears: they share in_features and the statistics.
         stats: of their input.
     """
 
@@ -42,16 +42,66 @@ class Inputs:
 @dataclass
 class _Sum:
     linears: list[Linear]
+    needs: Needs
     tokens: int = 0
-    total: Tensor | None = None
     seen: list[Tensor] = field(default_factory=list)  # inputs of the first batch, kept so that addresses stay unique
+    hessian: Tensor | None = None
+    absmax: Tensor | None = None
+    mean_abs: Tensor | None = None
+    mean: Tensor | None = None
+    above: Tensor | None = None
 
     def add(self, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1])
+        if not len(x):
+            return
         self.tokens += len(x)
-        if self.total is None:
-            self.total = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        accumulate(self.total, x)
+        if self.needs.hessian:
+            if self.hessian is None:
+                self.hessian = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+            accumulate(self.hessian, x)
+        if self.needs.ranges:
+            size = x.abs()
+            self.absmax = _joined(torch.maximum, self.absmax, size.amax(0).float())
+            self.mean_abs = _joined(torch.add, self.mean_abs, size.sum(0, dtype=torch.float32))
+            self.mean = _joined(torch.add, self.mean, x.sum(0, dtype=torch.float32))
+        if self.needs.above is not None:
+            self.above = _joined(torch.add, self.above, (x.abs() >= self.needs.above).sum(0, dtype=torch.float32))
+
+    def finish(self, width: int, device: torch.device) -> LayerStats:
+        """The sums as means. Statistics that no input ever reached are zeros."""
+        count = max(self.tokens, 1)
+        none = torch.zeros(width, device=device)
+
+        def mean(total: Tensor | None, wanted: bool) -> Tensor | None:
+            if not wanted:
+                return None
+            return none if total is None else total / float(count)
+
+        hessian: Tensor | None = None
+        if self.needs.hessian:
+            hessian = torch.zeros(width, width, device=device) if self.hessian is None else self.hessian / float(count)
+        absmax = (none if self.absmax is None else self.absmax) if self.needs.ranges else None
+        found = LayerStats(
+            self.tokens,
+            hessian,
+            absmax,
+            mean(self.mean_abs, self.needs.ranges),
+            mean(self.mean, self.needs.ranges),
+            mean(self.above, self.needs.above is not None),
+        )
+        looked = [hessian.diagonal() if hessian is not None else none, none if absmax is None else absmax]
+        if not all(bool(torch.isfinite(x).all()) for x in looked):
+            raise CompressError(
+                "its input holds NaN or infinity (or overflows float32 when squared)",
+                self.linears[0].name,
+                "the checkpoint is damaged, or its activations overflow: try --dtype float32",
+            )
+        return found
+
+
+def _joined(how: Callable[[Tensor, Tensor], Tensor], old: Tensor | None, new: Tensor) -> Tensor:
+    return new if old is None else how(old, new)
 
 
 def accumulate(total: Tensor, x: Tensor) -> None:
@@ -67,48 +117,38 @@ def accumulate(total: Tensor, x: Tensor) -> None:
         total.addmm_(x.t(), x)
 
 
-def collect(model: BlockModel, block: int, linears: Collection[Linear], activations: Activations) -> list[Inputs]:
-    """Run a loaded block over all batches and return the Hessians of the given layers' inputs.
+def collect(
+    model: BlockModel, block: int, linears: Collection[Linear], activations: Activations, needs: Needs
+) -> list[Inputs]:
+    """Run a loaded block over all batches and return what `needs` names of the given layers' inputs.
 
     Raises:
         CompressError: an activation is NaN or infinite (names the layer); a layer that no input ever reached.
     """
     sums: dict[str, _Sum] = {}
-    with _Watch(model, linears, sums) as watch:
+    with _Watch(model, linears, sums, needs) as watch:
         for _ in activations.through(block):
             watch.first = False
             for s in sums.values():
                 s.seen.clear()
-    found = [_finish(s) for s in sums.values()]
+    found = [Inputs(s.linears, s.finish(s.linears[0].shape[1], model.device)) for s in sums.values()]
     reached = {linear.name for group in found for linear in group.linears}
     for linear in linears:
         if linear.name not in reached:
             if linear.expert is None:
                 remedy = f"--exclude '{linear.name}' leaves it dense"
                 raise CompressError("calibration never reached this layer", linear.name, remedy)
-            empty = torch.zeros(linear.shape[1], linear.shape[1], device=model.device)
-            found.append(Inputs([linear], LayerStats(0, empty)))
+            found.append(Inputs([linear], _Sum([linear], needs).finish(linear.shape[1], model.device)))
     return found
-
-
-def _finish(total: _Sum) -> Inputs:
-    assert total.total is not None
-    hessian = total.total / max(total.tokens, 1)
-    if not bool(torch.isfinite(hessian.diagonal()).all()):
-        raise CompressError(
-            "its input holds NaN or infinity (or overflows float32 when squared)",
-            total.linears[0].name,
-            "the checkpoint is damaged, or its activations overflow: try --dtype float32",
-        )
-    return Inputs(total.linears, LayerStats(total.tokens, hessian))
 
 
 class _Watch(TorchFunctionMode):
     """Feeds the inputs of watched layers to their sums while a block runs."""
 
-    def __init__(self, model: BlockModel, linears: Collection[Linear], sums: dict[str, _Sum]) -> None:
+    def __init__(self, model: BlockModel, linears: Collection[Linear], sums: dict[str, _Sum], needs: Needs) -> None:
         super().__init__()
         self.first = True
+        self._needs = needs
         self._sums = sums
         self._by_address: dict[tuple[int, tuple[int, ...], int], str] = {}
         self._stack = ExitStack()
@@ -144,7 +184,7 @@ class _Watch(TorchFunctionMode):
             if owner != linear.name:
                 self._sums[owner].linears.append(linear)
                 return
-            self._sums[linear.name] = _Sum([linear], seen=[x])
+            self._sums[linear.name] = _Sum([linear], self._needs, seen=[x])
         if linear.name in self._sums:
             self._sums[linear.name].add(x)
 
@@ -161,6 +201,6 @@ class _Watch(TorchFunctionMode):
             if inside == 0 and 0 <= index < count and index in experts:
                 mine = experts[index]
                 if mine[0].name not in self._sums:
-                    self._sums[mine[0].name] = _Sum(list(mine))
+                    self._sums[mine[0].name] = _Sum(list(mine), self._needs)
                 self._sums[mine[0].name].add(x)
                 return

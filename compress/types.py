@@ -2,33 +2,65 @@
 
 from __future__ import annotations
 
-import enum
-from collections.abc import Collection, Mapping
-from dataclasses import dataclass
+import math
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 
-class Needs(enum.Flag):
-    """Which statistics of a layer's inputs a pass wants."""
+@dataclass(frozen=True)
+class Needs:
+    """Which statistics of a layer's inputs a step wants.
 
-    NOTHING = 0
-    HESSIAN = enum.auto()
+    Attributes:
+        hessian: the mean of x x^T.
+        ranges: of each feature the largest and the mean magnitude, and the mean.
+        above: the share of tokens in which a feature's magnitude reaches this number.
+        survey: the same share over the blocks of the model, from a run through all of them before any is compressed.
+    """
+
+    hessian: bool = False
+    ranges: bool = False
+    above: float | None = None
+    survey: bool = False
+
+    def __bool__(self) -> bool:
+        return self.hessian or self.ranges or self.above is not None or self.survey
+
+    def __or__(self, other: Needs) -> Needs:
+        if self.above is not None and other.above is not None and self.above != other.above:
+            raise ValueError("one threshold a run")
+        above = self.above if other.above is None else other.above
+        return Needs(self.hessian or other.hessian, self.ranges or other.ranges, above, self.survey or other.survey)
 
 
 @dataclass(frozen=True)
 class LayerStats:
-    """What calibration learned about the inputs of one linear layer.
+    """What calibration learned about the inputs of one linear layer; what no step needs is None.
 
     Attributes:
         tokens: how many input vectors were seen.
-        hessian: float32 [in, in], the mean of x x^T over those vectors (GPTQ's H up to its factor 2), or None.
+        hessian: float32 [in, in], the mean of x x^T over those vectors (GPTQ's H up to its factor 2).
+        absmax: float32 [in], the largest |x| of each feature.
+        mean_abs: float32 [in], the mean of |x|.
+        mean: float32 [in], the mean of x.
+        above: float32 [in], the share of vectors with |x| at or above `Needs.above`.
+        spread: float32 [blocks, in], `above` in every block of the model for the layer of the same role.
+        mask: bool [out, in], the weights that an earlier step of the recipe kept; zeros must stay zeros.
     """
 
     tokens: int
     hessian: Tensor | None = None
+    absmax: Tensor | None = None
+    mean_abs: Tensor | None = None
+    mean: Tensor | None = None
+    above: Tensor | None = None
+    spread: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,24 +69,60 @@ class Storage:
 
     Attributes:
         kind: name in the KINDS table.
-        bits: bits a code.
+        bits: bits a code (16 or 32 where values are stored as they are).
         group_size: input columns that share a scale; -1 for the whole row.
         symmetric: no zero points are stored.
         ordered_groups: groups follow an activation order, so a g_idx tensor must be stored.
+        activations: how the layer's input is quantised to 8 bits when it runs: "" not at all, "token" or "tensor" by
+            a symmetric scale a token or a sequence, "token_zeropoint" and "tensor_zeropoint" on an affine grid.
+        details: what else this kind must know to read its tensors, as sorted (name, value) pairs.
+        inner: the storage that a kind wraps.
     """
 
     kind: str
     bits: int
-    group_size: int
-    symmetric: bool
+    group_size: int = -1
+    symmetric: bool = True
     ordered_groups: bool = False
+    activations: str = ""
+    details: tuple[tuple[str, int | float | str | bool], ...] = ()
+    inner: Storage | None = None
+
+    def detail(self, name: str) -> Any:
+        """The value of one of `details`. Raises KeyError."""
+        return dict(self.details)[name]
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain values, without those at their defaults."""
+        out: dict[str, Any] = {
+            f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) != f.default
+        }
+        if self.details:
+            out["details"] = dict(self.details)
+        if self.inner is not None:
+            out["inner"] = self.inner.as_json()
+        return out
+
+    @classmethod
+    def from_json(cls, value: Mapping[str, Any]) -> Self:
+        """Inverse of `as_json`. Raises TypeError, KeyError for what is not one."""
+        known = dict(value)
+        details = tuple(sorted(known.pop("details", {}).items()))
+        inner = known.pop("inner", None)
+        return cls(**known, details=details, inner=None if inner is None else cls.from_json(inner))
 
 
 @runtime_checkable
 class Packed(Protocol):
-    """One linear layer as it will be stored. `dequantize` in plain torch defines the kind."""
+    """One linear layer as it will be stored. `dequantize` in plain torch defines the kind.
+
+    Attributes:
+        kind: name in the KINDS table.
+        parts: every name that `tensors` may use; no two kinds that nest share one.
+    """
 
     kind: ClassVar[str]
+    parts: ClassVar[tuple[str, ...]]
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -69,23 +137,55 @@ class Packed(Protocol):
         ...
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], storage: Storage, shape: tuple[int, int]) -> Self:
-        """Exact inverse of `tensors`."""
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], storage: Storage, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Self:
+        """Exact inverse of `tensors`. dtype: of the dequantised weight."""
+        ...
+
+    @classmethod
+    def stored_bytes(cls, storage: Storage, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        """Bytes of `tensors` of such a layer, before it exists (an estimate where they depend on the weights)."""
         ...
 
     def dequantize(self) -> Tensor:
         """Dense weight [out, in] in the dtype of the stored scales, to the last bit what a client computes."""
         ...
 
-    def rows(self, start: int, stop: int) -> Self:
-        """The layer made of output rows start..stop-1."""
+    def linear(self, x: Tensor) -> Tensor:
+        """x [..., in] -> [..., out] in x's dtype, without bias: as the layer computes, its input quantised or not."""
         ...
+
+    def rows(self, start: int, stop: int) -> Self:
+        """The layer made of output rows start..stop-1 (multiples of the pass's row_unit)."""
+        ...
+
+
+def dense_linear(packed: Packed, x: Tensor) -> Tensor:
+    """`Packed.linear` of a kind whose activations stay as they are."""
+    return F.linear(x, packed.dequantize().to(x.dtype))
+
+
+def moved(packed: Packed, device: torch.device) -> Packed:
+    """The same layer with its tensors, and those of a kind inside it, on `device`."""
+    fresh: dict[str, Any] = {}
+    for f in fields(packed):  # type: ignore[arg-type]
+        value = getattr(packed, f.name)
+        if isinstance(value, Tensor):
+            fresh[f.name] = value.to(device)
+        elif isinstance(value, Packed):
+            fresh[f.name] = moved(value, device)
+    return replace(packed, **fresh)  # type: ignore[type-var]
+
+
+def tensor_bytes_of(packed: Packed) -> int:
+    """Bytes of the tensors that are stored."""
+    return sum(t.numel() * t.element_size() for t in packed.tensors().values())
 
 
 def bits_per_weight(packed: Packed) -> float:
     """Stored bits for each weight, counted from the bytes of the tensors that are stored."""
-    stored = sum(t.numel() * t.element_size() for t in packed.tensors().values())
-    return 8.0 * stored / (packed.shape[0] * packed.shape[1])
+    return 8.0 * tensor_bytes_of(packed) / (packed.shape[0] * packed.shape[1])
 
 
 @dataclass(frozen=True)
@@ -97,19 +197,39 @@ class Solved:
         row_loss: float32 [out], for each output row (w - q) H (w - q)^T, or the plain squared error without H.
         row_norm: float32 [out], the same with q = 0, so that row_loss / row_norm is a relative error.
         notes: what the report must say: a raised damp, rows that fell back, dead columns.
+        figures: what the paper would print of a layer: its outlier features, its sparsity. Plain numbers.
+        bias: float32 [out], to be added to the layer's bias (bias correction), or None.
     """
 
     packed: Packed
     row_loss: Tensor
     row_norm: Tensor
     notes: tuple[str, ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+    bias: Tensor | None = None
 
 
 class Pass(Protocol):
-    """A compression method: a frozen dataclass whose fields are its settings (and the command's options)."""
+    """A compression method: a frozen dataclass whose fields are its settings (and the command's options).
+
+    Attributes:
+        name: the sub-command.
+        paper: authors, title, year; "" for common knowledge.
+    """
 
     name: ClassVar[str]
-    needs: ClassVar[Needs]
+    paper: ClassVar[str]
+
+    @property
+    def needs(self) -> Needs: ...
+
+    @property
+    def row_unit(self) -> int:
+        """Rows are independent of each other in runs of this many; 0 where the whole matrix decides together.
+
+        Layers that share an input are solved in one call, rows upon rows, wherever this allows it.
+        """
+        ...
 
     def settle(self, in_features: Collection[int]) -> Self:
         """Fill settings that depend on the layers' shapes. Raises CompressError when none fits."""
@@ -122,15 +242,64 @@ class Pass(Protocol):
         """Compress one weight matrix.
 
         Args:
-            weight: [out, in], any float dtype; not modified. Rows are independent of each other.
+            weight: [out, in], any float dtype; not modified.
             stats: statistics of the layer's inputs, holding at least what `needs` names.
-            scale_dtype: the dtype in which scales will be stored.
+            scale_dtype: the dtype in which scales are stored, and of the dequantised weight.
+        """
+        ...
+
+    def words(self, layers: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What was done, in the words of the paper, one line each.
+
+        Args:
+            layers: the records of the layers that this pass compressed: "name", "shape", "bytes", "figures".
         """
         ...
 
 
-def settings(value: Any) -> dict[str, Any]:
-    """The fields of a settings dataclass as plain JSON values."""
-    import dataclasses
+@dataclass(frozen=True)
+class Edge:
+    """A place where a block's function allows a rescaling: channels that some linear layers read and one module makes.
 
-    return {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    With any s > 0, dividing what is made by s and multiplying the readers' columns by s changes nothing.
+
+    Attributes:
+        maker: "norm" (a norm's gain) or "linear" (rows of the layer before it).
+        readers: float32 [out_i, in], the weights that read the channels.
+        stats: of those channels.
+        rows: float32 [in, k], for each channel the weights that make it (several rows side by side where channels are
+            shared by attention heads), and its bias in the last column; None for a norm.
+        names: the readers' names, for messages.
+    """
+
+    maker: str
+    readers: tuple[Tensor, ...]
+    stats: LayerStats
+    rows: Tensor | None = None
+    names: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Transform(Protocol):
+    """A step that rescales a block's channels without changing its function, before a pass rounds it.
+
+    Attributes:
+        then: the pass to follow when the transform is a sub-command: its name and settings, "rtn bits=4".
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+    then: str
+
+    @property
+    def needs(self) -> Needs: ...
+
+    def scale(self, edge: Edge) -> Tensor | None:
+        """float32 [in], s > 0 for each channel; None leaves this edge alone."""
+        ...
+
+
+def settings(value: Any) -> dict[str, Any]:
+    """The fields of a settings dataclass as plain JSON values (which hold no infinity: it becomes "inf")."""
+    plain = asdict(value)
+    return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,12 +38,19 @@ def digest(dense: Tensor) -> str:
     return hashlib.sha256(tensor_bytes(dense.cpu())).hexdigest()
 
 
-def verify(folder: Path, records: list[dict[str, Any]], source: Checkpoint, trust_remote_code: bool = False) -> Proof:
+def verify(
+    folder: Path,
+    records: list[dict[str, Any]],
+    source: Checkpoint,
+    trust_remote_code: bool = False,
+    changed: Mapping[str, str] | None = None,
+) -> Proof:
     """Re-read a folder and compare.
 
     Args:
         records: with "name" and "sha256_dense" of each packed layer, as the solver returned it.
         source: the original, whose other tensors must have been copied.
+        changed: sha256 of the dense tensors that a transform replaced, by name.
 
     Raises:
         CompressError: the first difference.
@@ -59,7 +67,11 @@ def verify(folder: Path, records: list[dict[str, Any]], source: Checkpoint, trus
             )
     model = BlockModel(written, torch.float32, torch.device("cpu"), trust_remote_code)
     unused = set(model.unexpected)
-    copied = [name for name in source.tensors if name.removesuffix(".weight") not in expected]
+    changed = changed or {}
+    for name, sha in changed.items():
+        if digest(written.checkpoint.read(name)) != sha:
+            raise CompressError("the file does not hold what the transform made", name, "run again with --fresh")
+    copied = [n for n in source.tensors if n.removesuffix(".weight") not in expected and n not in changed]
     for name in copied:
         original = source.read(name)
         found = written.checkpoint.tensors.get(name)

@@ -13,7 +13,7 @@ from compress.checkpoint import Checkpoint, Stored
 from compress.errors import CompressError
 from compress.formats import of_config
 from compress.formats.base import Format
-from compress.packed.uniform import UniformGrid
+from compress.types import Packed
 
 _REMEDY = "its quantization_config does not belong to its tensors: download it again"
 
@@ -29,6 +29,8 @@ def _fitting(where: object) -> Iterator[None]:
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CompressError(f"cannot be unpacked ({reason})", str(where), _REMEDY) from error
+    except CompressError as error:
+        raise CompressError(error.what, error.where or str(where), error.remedy) from None
 
 
 class Weights:
@@ -48,11 +50,8 @@ class Weights:
             found = of_config(checkpoint.config)
         if found is not None:
             self._format, self._config = found
-            end = "." + self._format.main
-            self.packed = {n[: -len(end)] for n in checkpoint.tensors if n.endswith(end)}
-            if not self.packed:
-                what = f"config.json declares {self._format.name} but no tensor ends in {end}"
-                raise CompressError(what, str(checkpoint.folder), _REMEDY)
+            with _fitting(checkpoint.folder / "config.json"):
+                self.packed = self._format.layers(checkpoint.tensors, self._config)
 
     @property
     def folder(self) -> Path:
@@ -84,9 +83,9 @@ class Weights:
         layer = name.removesuffix(".weight")
         if layer in self.packed:
             assert self._format is not None
-            parts = self._parts(layer)
+            dtypes = {s: t.torch_dtype for s, t in self._parts(layer).items()}
             with _fitting(layer):
-                return parts["weight_scale" if "weight_scale" in parts else "scales"].torch_dtype
+                return self._format.dtype(layer, dtypes, self._config)
         return self.checkpoint.tensors[name].torch_dtype
 
     def read(self, name: str) -> Tensor:
@@ -98,20 +97,24 @@ class Weights:
                 return packed.dequantize()
         return self.checkpoint.read(name)
 
-    def read_packed(self, layer: str) -> UniformGrid:
+    def read_packed(self, layer: str) -> Packed:
         """A packed layer by its name without ".weight"."""
         assert self._format is not None
         parts = {s: self.checkpoint.read(f"{layer}.{s}") for s in self._parts(layer)}
         with _fitting(layer):
             packed = self._format.unpack(layer, parts, self._config)
-            columns, size = packed.shape[1], packed.group_size
-            groups = 1 if size == -1 else -(-columns // size)
-        grid, shape = (packed.shape[0], groups), self.shapes_cache()[layer + ".weight"]
-        checks = ("codes", packed.codes, shape), ("scales", packed.scales, grid), ("zeros", packed.zeros, grid)
-        for what, tensor, want in checks:
-            if tensor is not None and tuple(tensor.shape) != want:
-                raise CompressError(f"its {what} are {list(tensor.shape)}, not {list(want)}", layer, _REMEDY)
+        shape = self.shapes_cache()[layer + ".weight"]
+        if packed.shape != shape:
+            raise CompressError(f"its codes are {list(packed.shape)}, not {list(shape)}", layer, _REMEDY)
         return packed
+
+    def activations(self, layer: str) -> str:
+        """How a layer's input is quantised when it runs, "" where it is not (see `Storage.activations`)."""
+        if layer not in self.packed:
+            return ""
+        assert self._format is not None
+        with _fitting(layer):
+            return self._format.activations(layer, self._config)
 
     def _parts(self, layer: str) -> dict[str, Stored]:
         assert self._format is not None

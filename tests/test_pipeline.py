@@ -12,6 +12,7 @@ import torch
 
 import compress
 from compress.checkpoint import Checkpoint
+from compress.types import Needs
 from compress.weights import Weights
 
 SMALL: dict[str, Any] = {"samples": 8, "seq_len": 48, "no_eval": True}
@@ -124,7 +125,7 @@ def test_next_block_sees_what_is_stored(toy: Path, text_file: Path, tmp_path: Pa
         flow.advance(block)
         model.free(block)
     model.load(3)
-    inputs = collect(model, 3, model.linears(3), flow)
+    inputs = collect(model, 3, model.linears(3), flow, Needs(hessian=True))
     attention = inputs[0]
     assert [x.name.rpartition(".")[2] for x in attention.linears] == ["q_proj", "k_proj", "v_proj"]
     name = attention.linears[0].name

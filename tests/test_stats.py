@@ -13,6 +13,7 @@ from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.hidden import Activations
 from compress.stats import collect
+from compress.types import Needs
 from compress.weights import Weights
 
 
@@ -39,7 +40,7 @@ def test_every_hessian_is_the_mean_outer_product(toy: Path, tmp_path: Path) -> N
         pass
     for handle in handles:
         handle.remove()
-    groups = collect(model, 0, model.linears(0), flow)
+    groups = collect(model, 0, model.linears(0), flow, Needs(hessian=True))
     assert [len(g.linears) for g in groups] == [3, 1, 2, 1], "q k v share, gate and up share"
     for group in groups:
         assert group.stats.tokens == 8 * 24
@@ -53,7 +54,7 @@ def test_batch_size_changes_rounding_only(toy: Path, tmp_path: Path) -> None:
     results = []
     for size in (1, 8):
         model, flow = flow_of(toy, tmp_path, size)
-        results.append(collect(model, 0, model.linears(0), flow))
+        results.append(collect(model, 0, model.linears(0), flow, Needs(hessian=True)))
     for a, b in zip(*results, strict=True):
         assert a.stats.hessian is not None
         assert b.stats.hessian is not None
@@ -72,7 +73,7 @@ def test_experts_see_their_own_tokens(tmp_path: Path, make_model: Callable[..., 
     block = model.model.get_submodule(model.block_names[0])
     inputs: list[torch.Tensor] = []
     handle = block.mlp.register_forward_pre_hook(lambda m, a: inputs.append(a[0].flatten(0, 1)))
-    groups = collect(model, 0, model.linears(0), flow)
+    groups = collect(model, 0, model.linears(0), flow, Needs(hessian=True))
     handle.remove()
     x = torch.cat(inputs)
     chosen = (x @ block.mlp.gate.weight.t()).softmax(-1).topk(2).indices
@@ -93,4 +94,4 @@ def test_overflowing_activation_names_the_layer(toy: Path, tmp_path: Path) -> No
     norm = model.model.get_parameter("model.layers.0.post_attention_layernorm.weight")
     norm.data.fill_(1e25)
     with pytest.raises(CompressError, match=r"gate_proj.*NaN or infinity"):
-        collect(model, 0, model.linears(0), flow)
+        collect(model, 0, model.linears(0), flow, Needs(hessian=True))

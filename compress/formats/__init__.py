@@ -2,19 +2,41 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from compress.errors import CompressError
-from compress.formats.base import Format
+from compress.formats.base import Format, LayerShape
 from compress.formats.compressed_tensors import CompressedTensors
 from compress.formats.gptq import GPTQFormat
+from compress.formats.native import METHOD as NATIVE
+from compress.formats.native import Native
+from compress.types import Storage
 
 FORMATS: dict[str, Format] = {
     "compressed-tensors": CompressedTensors(),
     "gptq": GPTQFormat(1),
     "gptq_v2": GPTQFormat(2),
+    "native": Native(),
 }
+
+
+#: what `--format auto` writes, and what it falls back to where no client holds the result
+DEFAULT, OWN = "compressed-tensors", "native"
+
+
+def holders(storage: Storage) -> list[str]:
+    """The formats that can hold layers stored like this, for layers of ordinary shapes."""
+    width = 4096 if storage.group_size < 1 else 4096 * storage.group_size
+    layer = LayerShape("layer", 4096, width)
+    return [name for name, format in FORMATS.items() if format.why_not(storage, layer) is None]
+
+
+def pick(asked: str, storages: Iterable[Storage]) -> str:
+    """The format's name: as asked; for "auto" the default, or our own where no client's format holds every layer."""
+    if asked != "auto":
+        return asked
+    return OWN if any(holders(s) == [OWN] for s in storages) else DEFAULT
 
 
 def of_config(config: Mapping[str, Any]) -> tuple[Format, Mapping[str, Any]] | None:
@@ -27,6 +49,8 @@ def of_config(config: Mapping[str, Any]) -> tuple[Format, Mapping[str, Any]] | N
     if declared is None:
         return None
     method = declared.get("quant_method") if isinstance(declared, dict) else None
+    if method == NATIVE:
+        return FORMATS["native"], declared
     if method == "compressed-tensors":
         return FORMATS["compressed-tensors"], declared
     if method == "gptq":

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from compress.packed.uniform import UniformGrid
+from compress.errors import CompressError
 from compress.types import Packed, Storage
 
 
@@ -32,18 +32,35 @@ class LayerShape:
     head: bool = False
 
 
+@dataclass(frozen=True)
+class Held:
+    """A layer that will be stored packed.
+
+    Attributes:
+        name: as on disk, without ".weight".
+        module: the model's module (or fused experts parameter) that it belongs to.
+        shape: (out_features, in_features).
+        dtype: of the dequantised weight.
+    """
+
+    name: str
+    module: str
+    shape: tuple[int, int]
+    storage: Storage
+    dtype: torch.dtype
+
+
 class Format(Protocol):
     """An on-disk format of the ecosystem: two verbs, a refusal and a config. Never sees a model.
 
+    `config` is always the checkpoint's quantization_config, `name` a layer's name on disk without ".weight".
+
     Attributes:
-        main: the suffix that marks a packed layer among tensor names.
-        suffixes: all suffixes of a packed layer.
+        suffixes: all suffixes that the tensors of a packed layer may have.
     """
 
     @property
     def name(self) -> str: ...
-    @property
-    def main(self) -> str: ...
     @property
     def suffixes(self) -> tuple[str, ...]: ...
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
@@ -54,33 +71,59 @@ class Format(Protocol):
         """Why this layer cannot be held, with what would work; None if it can. Asked before any work starts."""
         ...
 
+    def nbytes(self, storage: Storage, shape: tuple[int, int], scale_dtype: torch.dtype) -> int:
+        """Bytes on disk of a layer, before it exists."""
+        ...
+
     def pack(self, packed: Packed) -> dict[str, Tensor]:
         """Suffix -> tensor."""
         ...
 
-    def unpack(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> UniformGrid:
-        """Exact inverse of `pack`; `config` is quantization_config."""
+    def unpack(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Packed:
+        """Exact inverse of `pack`."""
+        ...
+
+    def layers(self, names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
+        """The packed layers of a checkpoint with tensors of these names. Raises CompressError when there are none."""
         ...
 
     def shape(self, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> tuple[int, int]:
         """(out_features, in_features) of a packed layer from the shapes of its tensors."""
         ...
 
-    def config(
-        self, storages: Mapping[str, Storage], ignored: Sequence[str], dense_on_load: bool = False
-    ) -> dict[str, Any]:
+    def dtype(self, name: str, dtypes: Mapping[str, torch.dtype], config: Mapping[str, Any]) -> torch.dtype:
+        """The dtype in which a packed layer dequantises."""
+        ...
+
+    def activations(self, name: str, config: Mapping[str, Any]) -> str:
+        """How a packed layer's input is quantised, see `Storage.activations`."""
+        ...
+
+    def config(self, layers: Sequence[Held], ignored: Sequence[str], dense_on_load: bool = False) -> dict[str, Any]:
         """quantization_config.
 
         Args:
-            storages: by module name.
             ignored: module names of linear layers that stay dense.
             dense_on_load: some module computes with its weight in its own way, so a reader must not keep it packed.
+
+        Raises:
+            CompressError: a mix of layers that the format cannot tell apart.
         """
         ...
 
     def files(self, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
         """Further JSON files to write beside config.json."""
         ...
+
+
+def marked(names: Iterable[str], mark: str, format: str) -> set[str]:
+    """The layers that have a tensor with the suffix `mark`. Raises CompressError when there are none."""
+    end = "." + mark
+    found = {n[: -len(end)] for n in names if n.endswith(end)}
+    if not found:
+        what = f"config.json declares {format} but no tensor ends in {end}"
+        raise CompressError(what, "", "its quantization_config does not belong to its tensors: download it again")
+    return found
 
 
 def divisors_hint(columns: int, asked: int) -> str:

@@ -9,7 +9,7 @@ label loads as garbage, so the label is tested against the words of symmetric la
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from compress import bits as bitpack
+from compress import grid
 from compress.errors import CompressError
-from compress.formats.base import LayerShape
+from compress.formats.base import Held, LayerShape, marked
 from compress.packed.uniform import UniformGrid, group_index
 from compress.types import Packed, Storage
 
@@ -32,7 +33,6 @@ class GPTQFormat:
     """The format as a value. version: 1 or 2."""
 
     version: int = 1
-    main = "qweight"
     suffixes = SUFFIXES
 
     @property
@@ -44,7 +44,9 @@ class GPTQFormat:
 
     def why_not(self, storage: Storage, layer: LayerShape) -> str | None:
         if storage.kind != UniformGrid.kind:
-            return f"the GPTQ format cannot hold the kind {storage.kind!r}"
+            return f"the GPTQ format cannot hold the kind {storage.kind!r}: use --format native"
+        if storage.activations:
+            return "the GPTQ format is weight-only, it cannot quantise activations: use --format compressed-tensors"
         if storage.bits not in _BITS:
             return f"the GPTQ format holds 2, 3, 4 and 8 bits, not {storage.bits}: use --format compressed-tensors"
         if layer.head:
@@ -57,6 +59,12 @@ class GPTQFormat:
                 "multiples of 32: use --format compressed-tensors, or --exclude this layer"
             )
         return None
+
+    def nbytes(self, storage: Storage, shape: tuple[int, int], scale_dtype: torch.dtype) -> int:
+        out, columns = shape
+        groups = grid.group_count(columns, storage.group_size)
+        codes, zeros = bitpack.words(columns, storage.bits) * out, groups * bitpack.words(out, storage.bits)
+        return 4 * codes + 4 * zeros + 2 * groups * out + 4 * columns
 
     def pack(self, packed: Packed) -> dict[str, Tensor]:
         assert isinstance(packed, UniformGrid)  # why_not refused every other kind
@@ -105,15 +113,22 @@ class GPTQFormat:
         scales = tensors["scales"].t().contiguous()
         return UniformGrid(codes, scales, stored_zeros, bits, size, None if natural else g_idx)
 
+    def layers(self, names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
+        return marked(names, "qweight", self.name)
+
+    def dtype(self, name: str, dtypes: Mapping[str, torch.dtype], config: Mapping[str, Any]) -> torch.dtype:
+        return dtypes["scales"]
+
+    def activations(self, name: str, config: Mapping[str, Any]) -> str:
+        return ""
+
     def shape(self, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> tuple[int, int]:
         """(out, in) of a stored layer from its headers."""
         return shapes["qweight"][1], shapes["qweight"][0] * 32 // int(config["bits"])
 
-    def config(
-        self, storages: Mapping[str, Storage], ignored: Sequence[str], dense_on_load: bool = False
-    ) -> dict[str, Any]:
+    def config(self, layers: Sequence[Held], ignored: Sequence[str], dense_on_load: bool = False) -> dict[str, Any]:
         """quantization_config for config.json and quantize_config.json."""
-        kinds = set(storages.values())
+        kinds = {h.storage for h in layers}
         if len(kinds) != 1:
             raise CompressError(
                 "the GPTQ format holds one setting for all layers", "--format", "use compressed-tensors"
@@ -134,7 +149,7 @@ class GPTQFormat:
             "dynamic": None,
             "meta": {"quantizer": ["compress"]},
         }
-        kept = _suffixes(storages)
+        kept = _suffixes([h.module for h in layers])
         left = _suffixes([n for n in ignored if n.count(".") > 1])
         if left & kept:
             clash = sorted(left & kept)[0]

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from compress import bits as bitpack
-from compress.types import Storage
+from compress import int8
+from compress.types import Storage, dense_linear
 
 
 @dataclass(frozen=True)
@@ -24,9 +25,11 @@ class UniformGrid:
         bits: 2 to 8.
         group_size: columns a group, -1 for the whole row; the last group may be shorter.
         g_idx: int32 [in], the group of each column where groups follow an activation order, else None.
+        activations: how `linear` quantises its input, see `Storage.activations`; takes 8 bits and one group a row.
     """
 
     kind: ClassVar[str] = "uniform"
+    parts: ClassVar[tuple[str, ...]] = ("codes", "scales", "zeros", "g_idx")
 
     codes: Tensor
     scales: Tensor
@@ -34,6 +37,15 @@ class UniformGrid:
     bits: int
     group_size: int
     g_idx: Tensor | None = None
+    activations: str = ""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for scales or zeros that do not belong to the codes."""
+        rows, columns = self.codes.shape
+        grid = (rows, 1 if self.group_size == -1 else -(-columns // self.group_size))
+        for what, tensor in (("scales", self.scales), ("zeros", self.zeros)):
+            if tensor is not None and tuple(tensor.shape) != grid:
+                raise ValueError(f"{what} are {list(tensor.shape)}, not {list(grid)}")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -41,7 +53,9 @@ class UniformGrid:
 
     @property
     def storage(self) -> Storage:
-        return Storage(self.kind, self.bits, self.group_size, self.zeros is None, self.g_idx is not None)
+        return Storage(
+            self.kind, self.bits, self.group_size, self.zeros is None, self.g_idx is not None, self.activations
+        )
 
     def column_groups(self) -> Tensor:
         """int64 [in]: the group of each input column."""
@@ -63,13 +77,7 @@ class UniformGrid:
     def rows(self, start: int, stop: int) -> Self:
         zeros = None if self.zeros is None else self.zeros[start:stop]
         scales = self.scales[start:stop]
-        return type(self)(self.codes[start:stop], scales, zeros, self.bits, self.group_size, self.g_idx)
-
-    def to(self, device: torch.device | str) -> Self:
-        """The same layer with its tensors on `device`."""
-        zeros = None if self.zeros is None else self.zeros.to(device)
-        g_idx = None if self.g_idx is None else self.g_idx.to(device)
-        return type(self)(self.codes.to(device), self.scales.to(device), zeros, self.bits, self.group_size, g_idx)
+        return replace(self, codes=self.codes[start:stop], scales=scales, zeros=zeros)
 
     def tensors(self) -> dict[str, Tensor]:
         out = {"codes": bitpack.pack(self.codes, self.bits), "scales": self.scales}
@@ -80,7 +88,9 @@ class UniformGrid:
         return out
 
     @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor], storage: Storage, shape: tuple[int, int]) -> Self:
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], storage: Storage, shape: tuple[int, int], dtype: torch.dtype
+    ) -> Self:
         scales = tensors["scales"]
         zeros = tensors.get("zeros")
         return cls(
@@ -90,7 +100,24 @@ class UniformGrid:
             storage.bits,
             storage.group_size,
             tensors.get("g_idx"),
+            storage.activations,
         )
+
+    @classmethod
+    def stored_bytes(cls, storage: Storage, shape: tuple[int, int], dtype: torch.dtype) -> int:
+        rows, columns = shape
+        groups = 1 if storage.group_size == -1 else -(-columns // storage.group_size)
+        zeros = 0 if storage.symmetric else 4 * bitpack.words(groups, storage.bits)
+        indices = 4 * columns if storage.ordered_groups else 0
+        return rows * (4 * bitpack.words(columns, storage.bits) + groups * dtype.itemsize + zeros) + indices
+
+    def linear(self, x: Tensor) -> Tensor:
+        """x W^T: with the dequantised weight, or as an 8-bit product where `activations` says so (see int8.py)."""
+        if not self.activations:
+            return dense_linear(self, x)
+        assert (self.bits, self.scales.shape[1]) == (8, 1), "the 8-bit product takes 8-bit codes, one scale a row"
+        zeros = None if self.zeros is None else self.zeros[:, 0]
+        return int8.linear(x, self.codes, self.scales[:, 0], zeros, self.activations)
 
 
 def group_index(columns: int, group_size: int, device: torch.device | str = "cpu") -> Tensor:

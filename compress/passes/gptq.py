@@ -12,20 +12,25 @@ Beyond the paper, each with its own switch:
 - descent: sweeps of coordinate descent over the codes under the full Hessian.
 A row whose loss would be above round-to-nearest's on the same grid takes the round-to-nearest codes. A column that
 calibration never saw (H_ii = 0) is rounded to nearest; the reference code sets it to zero.
+
+Weights that an earlier step pruned (`LayerStats.mask`) stay exactly 0: their level is 0 throughout, and what that costs
+is compensated like any other error. SparseGPT's joint sweep is this one with the mask chosen on the way (`solve`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from compress import columns, grid
+from compress.columns import blocks as blocks
 from compress.errors import CompressError
 from compress.grid import Grid
+from compress.masks import Choice, Growing, expected
 from compress.packed.uniform import UniformGrid, group_index
 from compress.types import LayerStats, Needs, Solved, Storage
 
@@ -39,7 +44,9 @@ class GPTQ:
     """GPTQ: second-order rounding that minimises each layer's output error (Frantar et al. 2023)."""
 
     name: ClassVar[str] = "gptq"
-    needs: ClassVar[Needs] = Needs.HESSIAN
+    paper: ClassVar[str] = "Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, ICLR 2023"
+    needs: ClassVar[Needs] = Needs(hessian=True)
+    row_unit: ClassVar[int] = 1
 
     bits: int = field(default=4, metadata={"help": "bits a weight, 2 to 8"})
     group_size: int | None = field(
@@ -83,55 +90,76 @@ class GPTQ:
         ordered = self.act_order == "groups" and size != -1
         return Storage(UniformGrid.kind, self.bits, size, self.symmetric, ordered)
 
+    def words(self, layers: Sequence[Mapping[str, Any]]) -> list[str]:
+        return []
+
     def __call__(self, weight: Tensor, stats: LayerStats, scale_dtype: torch.dtype) -> Solved:
         """Quantise one matrix.
 
         Args:
             weight: [out, in].
-            stats: with `hessian` [in, in].
+            stats: with `hessian` [in, in]; where it has a mask, what that prunes is exactly 0 in the result.
             scale_dtype: dtype of the stored scales.
 
         Raises:
             CompressError: the Hessian holds NaN or infinity.
         """
+        return self.solve(weight, stats, scale_dtype)[0]
+
+    def solve(
+        self, weight: Tensor, stats: LayerStats, scale_dtype: torch.dtype, choice: Choice | None = None
+    ) -> tuple[Solved, Tensor | None]:
+        """`__call__`, pruning on the way: with a choice (not for act order "groups") also its mask, bool [out, in]."""
         assert stats.hessian is not None
         target = weight.float()
         hessian = stats.hessian.float()
         size = -1 if self.group_size is None else self.group_size
         dead = hessian.diagonal() <= 0
-        order = torch.arange(len(hessian), device=hessian.device)
-        if self.act_order != "none":
-            order = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        order = visiting_order(hessian.diagonal(), self.act_order != "none", choice)
         back = torch.argsort(order)
         damped, factor, notes = factorise(hessian[order][:, order], dead[order], self.damp_percent)
         if dead.any():
             notes.append(f"{int(dead.sum())} of {len(dead)} input columns were never active: rounded to nearest")
 
+        given = stats.mask
         if self.act_order == "groups":  # the whole problem is permuted, so that groups are contiguous again
             target, hessian, visit = target[:, order], hessian[order][:, order], torch.arange(len(order)).to(order)
+            given = None if given is None else given[:, order]
         else:
             damped, visit = damped[back][:, back], order
 
         importance = hessian.diagonal().clamp(min=1e-6 * float(damped.diagonal().mean()))
-        grids = grid.fit(target, self.bits, size, self.symmetric, scale_dtype, self.scale_search, importance)
+        fitted = given if choice is None else expected(target, factor.diagonal()[back], choice.pattern, given)
+        seen = target if fitted is None else target * fitted  # a weight of 0 costs the fit of its group nothing
+        grids = grid.fit(seen, self.bits, size, self.symmetric, scale_dtype, self.scale_search, importance)
         groups = group_index(target.shape[1], size, target.device)
         if size != -1 and self.act_order != "static":
-            k, grids = self._sweep_fresh(target, factor, grids, groups.tolist(), importance)
+            k, kept, grids = self._sweep_fresh(
+                target, factor, grids, groups.tolist(), importance, fitted, given, choice
+            )
         else:
-            k = self._sweep(target, factor, grids, groups, visit)
-        k, grids = self._polish(k, target, damped, grids, size, groups, visit)
-        k, worse = keep_better_rows(k, target, hessian, grids, groups)
+            k, kept = self._sweep(target, factor, grids, groups, visit, given, choice)
+        alive = kept if given is None else given if kept is None else given & kept
+        k, grids = self._polish(k, target, damped, grids, size, groups, visit, alive)
+        k, worse = keep_better_rows(k, target, hessian, grids, groups, alive)
         if worse:
             notes.append(f"{worse} of {len(target)} rows kept their round-to-nearest codes: their loss was lower")
-        return self._solved(
-            k, grids, groups, target, hessian, back if self.act_order == "groups" else None, tuple(notes)
-        )
+        last = back if self.act_order == "groups" else None
+        return self._solved(k, grids, groups, target, hessian, last, tuple(notes)), kept
 
-    def _sweep(self, target: Tensor, factor: Tensor, grids: Grid, groups: Tensor, visit: Tensor) -> Tensor:
-        """GPTQ's loop with grids that were fitted before it."""
+    def _sweep(
+        self, target: Tensor, factor: Tensor, grids: Grid, groups: Tensor, visit: Tensor,
+        given: Tensor | None, choice: Choice | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """GPTQ's loop with grids that were fitted before it: levels and the chosen mask, [out, in]."""
         scale, zero = self._by_column(grids, groups[visit])
         w = target[:, visit].t().contiguous()
-        return unvisit(columns.sweep(w, factor, scale, zero, self.bits, grids.dtype, self.block_size), visit)
+        fixed = None if given is None else given[:, visit].t().contiguous()
+        run = (w, factor, scale, zero, self.bits, grids.dtype, self.block_size)
+        if choice is None:
+            return unvisit(columns.sweep(*run, fixed), visit), None
+        k, kept = columns.prune(*run, choice, fixed)
+        return unvisit(k, visit), unvisit(kept, visit)
 
     def _by_column(self, grids: Grid, groups: Tensor) -> tuple[Tensor, Tensor | None]:
         """Scale and zero of each weight as [in, out], columns in the order of `groups`."""
@@ -139,47 +167,57 @@ class GPTQ:
         return grids.scale[:, groups].t().contiguous(), zero
 
     def _sweep_fresh(
-        self, target: Tensor, factor: Tensor, grids: Grid, groups: list[int], importance: Tensor
-    ) -> tuple[Tensor, Grid]:
+        self, target: Tensor, factor: Tensor, grids: Grid, groups: list[int], importance: Tensor,
+        fitted: Tensor | None, given: Tensor | None, choice: Choice | None,
+    ) -> tuple[Tensor, Tensor | None, Grid]:  # fmt: skip
         """GPTQ's loop where each group's grid is fitted, at its first column, to weights that carry every update."""
         w = target.t().clone(memory_format=torch.contiguous_format)  # [in, out]; never the caller's own memory
+        mask = Growing(w, factor, choice, None if given is None else given.t())
         k = torch.empty_like(w)
         scale, zero = grids.scale.clone(), grids.zero.clone()
-        for start, stop in blocks(len(w), self.block_size, groups):
+        for start, stop in blocks(len(w), self.block_size, groups, *mask.labels):
             error = torch.empty_like(w[start:stop])
             for first, last in runs(groups, start, stop):
                 g = groups[first]
                 if first == 0 or groups[first - 1] != g:
                     end = first + groups[first:].count(g)
+                    seen = w[first:end].t() if fitted is None else w[first:end].t() * fitted[:, first:end]
                     now = grid.fit(
-                        w[first:end].t().contiguous(), self.bits, -1, self.symmetric, grids.dtype, self.scale_search,
+                        seen.contiguous(), self.bits, -1, self.symmetric, grids.dtype, self.scale_search,
                         importance[first:end],
                     )  # fmt: skip
                     scale[:, g], zero[:, g] = now.scale[:, 0], now.zero[:, 0]
                 s, z = scale[:, g], zero[:, g]
                 low, high = -z, 2**self.bits - 1 - z
                 for i in range(first, last):
+                    mask.reach(i)
                     k[i] = grid.nearest(w[i], s, low, high)
+                    mask.clear(k[i], i)
                     error[i - start] = (w[i] - grid.value(k[i], s, grids.dtype)) / factor[i, i]
                     if i + 1 < stop:
                         w[i + 1 : stop].addr_(factor[i, i + 1 : stop], error[i - start], alpha=-1)
             if stop < len(w):
                 w[stop:].addmm_(factor[start:stop, stop:].t(), error, alpha=-1)
-        return k.t().contiguous(), Grid(scale, zero, self.bits, grids.dtype)
+        kept = None if mask.kept is None else mask.kept.t().contiguous()
+        return k.t().contiguous(), kept, Grid(scale, zero, self.bits, grids.dtype)
 
     def _polish(
-        self, k: Tensor, target: Tensor, damped: Tensor, grids: Grid, size: int, groups: Tensor, visit: Tensor
-    ) -> tuple[Tensor, Grid]:
+        self, k: Tensor, target: Tensor, damped: Tensor, grids: Grid, size: int, groups: Tensor, visit: Tensor,
+        alive: Tensor | None,
+    ) -> tuple[Tensor, Grid]:  # fmt: skip
         """Alternate the refit of the scales and sweeps over the codes."""
         ordered = damped[visit][:, visit]
         wanted = target[:, visit].t().contiguous()
+        fixed = None if alive is None else alive[:, visit].t().contiguous()
         for done in range(max(self.descent, 1)):
             if self.refit:
                 grids = refit_scales(k, target, damped, grids, size)
             if done < self.descent:
                 scale, zero = self._by_column(grids, groups[visit])
                 levels = k[:, visit].t().contiguous()
-                levels = columns.descend(levels, wanted, ordered, scale, zero, self.bits, grids.dtype, self.block_size)
+                levels = columns.descend(
+                    levels, wanted, ordered, scale, zero, self.bits, grids.dtype, self.block_size, fixed
+                )
                 k = unvisit(levels, visit)
         return k, grids
 
@@ -243,21 +281,13 @@ def factorise(hessian: Tensor, dead: Tensor, damp_percent: float) -> tuple[Tenso
         percent = raised
 
 
-def blocks(count: int, block_size: int, group_of: list[int]) -> Iterator[tuple[int, int]]:
-    """Column blocks of about `block_size` that never begin a group in their middle unless they hold it whole.
-
-    A group's scales are fitted when its first column is reached, from weights that must carry every update by then;
-    with blocks cut like this they do, so the block size changes no result.
-    """
-    start = 0
-    while start < count:
-        stop = min(start + block_size, count)
-        if stop < count and group_of[stop - 1] == group_of[stop]:
-            first = group_of.index(group_of[stop - 1])
-            if first > start:
-                stop = first
-        yield start, stop
-        start = stop
+def visiting_order(diagonal: Tensor, by_size: bool, choice: Choice | None = None) -> Tensor:
+    """int64 [in]: the columns in natural order or by falling H_ii; for N:M runs of M stay together, by their sum."""
+    if not by_size:
+        return torch.arange(len(diagonal), device=diagonal.device)
+    run = choice.length if choice is not None and choice.pattern.m else 1
+    heads = torch.argsort(diagonal.reshape(-1, run).sum(1), descending=True, stable=True)
+    return (heads[:, None] * run + torch.arange(run, device=diagonal.device)).flatten()
 
 
 def runs(groups: list[int], start: int, stop: int) -> Iterator[tuple[int, int]]:
@@ -318,10 +348,13 @@ def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
     return ((error @ hessian) * error).sum(1)
 
 
-def keep_better_rows(k: Tensor, target: Tensor, hessian: Tensor, grids: Grid, groups: Tensor) -> tuple[Tensor, int]:
-    """Replace rows whose loss is above round-to-nearest's on the same grid. Returns the levels and how many."""
+def keep_better_rows(
+    k: Tensor, target: Tensor, hessian: Tensor, grids: Grid, groups: Tensor, alive: Tensor | None = None
+) -> tuple[Tensor, int]:
+    """Replace rows that lose to round-to-nearest on the same grid and mask. Returns the levels and how many."""
     scale = grids.scale[:, groups]
     plain = grid.nearest(target, scale, grids.low[:, groups], grids.high[:, groups])
+    plain = plain if alive is None else plain * alive
     ours = row_losses(target - grid.value(k, scale, grids.dtype), hessian)
     theirs = row_losses(target - grid.value(plain, scale, grids.dtype), hessian)
     worse = theirs < ours

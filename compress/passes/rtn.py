@@ -2,19 +2,23 @@
 
 Each weight takes the nearest level of its group's grid. The plain scale is absmax / (2**bits - 1) * 2 (symmetric) or
 spans min..max (asymmetric), the conventions of GPTQ's and compressed-tensors' own round-to-nearest.
+
+A scale for the whole tensor (group size 0) is stored as a grid of one scale a row, all of them equal, so that every
+format can hold it; the few bytes that costs are not what a scale a tensor is compared for.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from compress import grid
 from compress.errors import CompressError
+from compress.grid import Grid
 from compress.packed.uniform import UniformGrid, group_index
 from compress.types import LayerStats, Needs, Solved, Storage
 
@@ -24,12 +28,16 @@ class RTN:
     """RTN: round every weight to the nearest level of its group's grid; needs no calibration."""
 
     name: ClassVar[str] = "rtn"
-    needs: ClassVar[Needs] = Needs.NOTHING
+    paper: ClassVar[str] = ""
+    needs: ClassVar[Needs] = Needs()
 
     bits: int = field(default=4, metadata={"help": "bits a weight, 2 to 8"})
     group_size: int | None = field(
         default=None,
-        metadata={"help": "columns that share a scale; -1: whole row; default: largest of 128, 64, 32 that divides"},
+        metadata={
+            "help": "columns that share a scale; -1: whole row; 0: whole tensor (stored as equal scales, one a row); "
+            "default: largest of 128, 64, 32 that divides"
+        },
     )
     symmetric: bool = field(default=True, metadata={"help": "symmetric grid (no zero points)", "off": "asymmetric"})
     scale_search: bool = field(
@@ -40,19 +48,34 @@ class RTN:
         if not 2 <= self.bits <= 8:
             raise CompressError(f"bits {self.bits} is out of range", "--bits", "use 2 to 8")
 
+    @property
+    def row_unit(self) -> int:
+        return 0 if self.group_size == 0 else 1
+
     def settle(self, in_features: Collection[int]) -> Self:
+        if self.group_size == 0:
+            return self
         return replace(self, group_size=grid.settle_group_size(self.group_size, in_features))
 
     @property
+    def _stored_size(self) -> int:
+        return self.group_size or -1
+
+    @property
     def storage(self) -> Storage:
-        size = -1 if self.group_size is None else self.group_size
-        return Storage(UniformGrid.kind, self.bits, size, self.symmetric)
+        return Storage(UniformGrid.kind, self.bits, self._stored_size, self.symmetric)
+
+    def words(self, layers: Sequence[Mapping[str, Any]]) -> list[str]:
+        return []
 
     def __call__(self, weight: Tensor, stats: LayerStats, scale_dtype: torch.dtype) -> Solved:
         """Round one matrix [out, in]; `stats` is not used."""
         target = weight.float()
-        size = -1 if self.group_size is None else self.group_size
-        grids = grid.fit(target, self.bits, size, self.symmetric, scale_dtype, self.scale_search)
+        size = self._stored_size
+        if self.group_size == 0:
+            grids = fit_tensor(target, self.bits, self.symmetric, scale_dtype, self.scale_search)
+        else:
+            grids = grid.fit(target, self.bits, size, self.symmetric, scale_dtype, self.scale_search)
         groups = group_index(target.shape[1], size, target.device)
         scale = grids.scale[:, groups]
         k = grid.nearest(target, scale, grids.low[:, groups], grids.high[:, groups])
@@ -61,3 +84,9 @@ class RTN:
         codes = (k + grids.zero[:, groups]).to(torch.uint8)
         packed = UniformGrid(codes, grids.scale.to(scale_dtype), zeros, self.bits, size)
         return Solved(packed, error.square().sum(1), target.square().sum(1))
+
+
+def fit_tensor(weight: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, search: bool = False) -> Grid:
+    """`grid.fit` with one scale and zero point for the whole of `weight` [out, in], repeated for every row."""
+    one = grid.fit(weight.reshape(1, -1), bits, -1, symmetric, dtype, search)
+    return replace(one, scale=one.scale.repeat(len(weight), 1), zero=one.zero.repeat(len(weight), 1))

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from compress.checkpoint import write_json, write_text
+from compress.formats import OWN, holders
 from compress.output import seal
-from compress.types import settings
+from compress.recipe import chained
 
 if TYPE_CHECKING:
     from compress.evaluate.perplexity import Score
@@ -23,6 +24,7 @@ _NEEDS = {
     "compressed-tensors": "compressed-tensors accelerate",
     "gptq": "gptqmodel optimum",
     "gptq_v2": "gptqmodel optimum",
+    "native": "compress-llm",
 }
 
 
@@ -52,7 +54,7 @@ def make_record(result: Result) -> dict[str, Any]:
             "python": platform.python_version(),
         },
         "source": {"name": job.origin},
-        "method": {"name": plan.method.name, **settings(plan.method)},
+        "method": plan.recipe.as_json(),
         "format": plan.format.name,
         "true_sequential": job.true_sequential,
         "device": device_name(job.device),
@@ -68,8 +70,8 @@ def make_record(result: Result) -> dict[str, Any]:
         },
         "size": {
             "bytes_before": plan.bytes_before,
-            "bytes_after": plan.bytes_after,
-            "bits_per_weight": plan.bits_per_weight,
+            "bytes_after": bytes_after(result),
+            "bits_per_weight": stored_bits(result),
             "packed_parameters": plan.packed_weights,
             "total_parameters": plan.total_weights,
         },
@@ -87,6 +89,28 @@ def make_record(result: Result) -> dict[str, Any]:
         "verified": dataclasses.asdict(result.proof),
         "layers": result.records,
     }
+
+
+def stored_bits(result: Result) -> float:
+    """Bits a compressed weight, counted from the bytes that were stored."""
+    stored: int = sum(r["bytes"] for r in result.records)
+    return 8.0 * stored / result.plan.packed_weights
+
+
+def bytes_after(result: Result) -> int:
+    """Weight bytes of the output: what the plan expected, with the sizes that the layers really took."""
+    plan = result.plan
+    expected = round(plan.bits_per_weight * plan.packed_weights / 8)
+    return int(plan.bytes_after - expected + sum(r["bytes"] for r in result.records))
+
+
+def words(result: Result) -> list[str]:
+    """What each method did, in the words of its paper."""
+    out = []
+    for method in result.plan.recipe.passes:
+        mine = [r for r in result.records if any(p is method for p in result.plan.choice[r["name"]])]
+        out += method.words(mine) if mine else []
+    return out
 
 
 def score_values(score: Score) -> dict[str, Any]:
@@ -122,6 +146,8 @@ def device_name(device: torch.device) -> str:
 def notes(result: Result) -> list[str]:
     """What a reader must know: calibration notes, and each distinct note with the number of layers it is true of."""
     out = [] if result.job.rows is None else list(result.job.rows.notes)
+    out += result.notes
+    out += _native_note(result)
     count: dict[str, list[str]] = {}
     for record in result.records:
         for note in record["notes"]:
@@ -130,6 +156,17 @@ def notes(result: Result) -> list[str]:
         more = f" and {len(names) - 1} more layers" if len(names) > 1 else ""
         out.append(f"{names[0]}{more}: {note}")
     return out
+
+
+def _native_note(result: Result) -> list[str]:
+    """Why the result is in our own format, where another was not asked for and cannot hold it."""
+    if result.plan.format.name != OWN:
+        return []
+    for passes in result.plan.choice.values():
+        storage = chained(passes)
+        if holders(storage) == [OWN]:
+            return [f"written in the native format: no client's format holds the kind {storage.kind!r} as it is stored"]
+    return []
 
 
 def model_card(result: Result, record: dict[str, Any]) -> str:
@@ -144,26 +181,25 @@ def model_card(result: Result, record: dict[str, Any]) -> str:
         autoescape=False,
     )
     title = job.out.name
-    options = " ".join(f"{k}={v}" for k, v in settings(plan.method).items())
     return environment.get_template("card.md.j2").render(
         title=title,
         source=job.origin,
         base_model=job.origin if "/" in job.origin and not Path(job.origin).exists() else None,
         license=source_license(job.source),
-        method=plan.method.name,
+        method=plan.recipe.name,
         format=plan.format.name,
         layers=plan.layers,
-        bits=plan.method.storage.bits,
-        bits_per_weight=plan.bits_per_weight,
+        bits_per_weight=stored_bits(result),
         packed=plan.packed_weights,
         total=plan.total_weights,
         bytes_before=plan.bytes_before,
-        bytes_after=plan.bytes_after,
+        bytes_after=bytes_after(result),
         score=result.score,
         original=result.original,
         eval=job.text,
         dtype=str(result.dtype).removeprefix("torch."),
-        recipe=f"{plan.method.name}: {options} format={plan.format.name} true_sequential={job.true_sequential}",
+        recipe="\n".join([*plan.recipe.lines(), f"format={plan.format.name} true_sequential={job.true_sequential}"]),
+        words=words(result),
         calibration=record["calibration"],
         seed=job.seed,
         versions=", ".join(f"{k} {v}" for k, v in {"compress": record["compress"], **record["versions"]}.items()),

@@ -11,8 +11,18 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from compress.report import make_record, notes, peak_device_bytes, peak_host_bytes, score_values, timings
-from compress.types import settings
+from compress.formats import FORMATS
+from compress.report import (
+    bytes_after,
+    make_record,
+    notes,
+    peak_device_bytes,
+    peak_host_bytes,
+    score_values,
+    stored_bits,
+    timings,
+    words,
+)
 
 if TYPE_CHECKING:
     from compress.calibration import EvalText
@@ -69,15 +79,17 @@ def _peak_text() -> str:
 
 def dry_run(job: Job) -> dict[str, Any]:
     """The plan of a job as plain values; no weight is loaded, nothing is written."""
-    from compress.formats import FORMATS
     from compress.pipeline import open_model
     from compress.plan import make_plan
 
     _, model = open_model(job)
-    plan = make_plan(model, job.method, FORMATS[job.format], job.include, job.exclude, job.lm_head)
+    plan = make_plan(model, job.recipe, FORMATS[job.format], job.include, job.exclude, job.blocks, job.lm_head)
     return {
         "source": job.origin,
-        "method": {"name": plan.method.name, **settings(plan.method)},
+        "method": plan.recipe.as_json(),
+        "steps": [
+            {"step": line, "layers": count} for line, count in zip(plan.recipe.lines(), plan.taken(), strict=True)
+        ],
         "format": plan.format.name,
         "blocks": len(plan.blocks),
         "layers": plan.layers,
@@ -94,10 +106,9 @@ def dry_run(job: Job) -> dict[str, Any]:
 def print_plan(plan: dict[str, Any]) -> None:
     """The plan as a table."""
     table = Table(title=f"plan for {plan['source']} (nothing was written)", show_header=False)
-    options = ", ".join(f"{k} {v}" for k, v in plan["method"].items() if k != "name")
     share = 100 * plan["packed_parameters"] / plan["total_parameters"]
     rows = [
-        ("method", f"{plan['method']['name']}: {options}"),
+        *((f"step {i + 1}", f"{s['step']} ({s['layers']} layers)") for i, s in enumerate(plan["steps"])),
         ("format", plan["format"]),
         ("compressed", f"{plan['layers']} matrices in {plan['blocks']} blocks, {share:.1f}% of the parameters"),
         ("weights on disk", f"{plan['bytes_before'] / _MB:.1f} MB -> {plan['bytes_after'] / _MB:.1f} MB"),
@@ -112,6 +123,32 @@ def print_plan(plan: dict[str, Any]) -> None:
     Console().print(table)
 
 
+def methods() -> list[dict[str, Any]]:
+    """Every known method as plain values."""
+    from compress.formats import holders
+    from compress.passes import known, load
+    from compress.recipe import Recipe
+
+    out = []
+    for name, entry in known().items():
+        recipe = Recipe.of(load(name)())
+        held = [set(holders(p.storage)) for p in recipe.passes]
+        formats = [f for f in FORMATS if all(f in h for h in held)]
+        paper = load(name).paper
+        out.append({"name": name, "summary": entry.summary, "paper": paper, "formats": formats})
+    return out
+
+
+def print_methods(found: list[dict[str, Any]]) -> None:
+    """The methods as a table."""
+    table = Table()
+    for heading in ("method", "what it does", "paper", "held by, at its defaults"):
+        table.add_column(heading)
+    for method in found:
+        table.add_row(method["name"], method["summary"], method["paper"], ", ".join(method["formats"]))
+    Console().print(table)
+
+
 def as_json(result: Result) -> dict[str, Any]:
     """A run's record and timings as plain values."""
     return {"out": str(result.job.out), **make_record(result), **timings(result)}
@@ -123,9 +160,9 @@ def print_result(result: Result) -> None:
     table = Table(title=f"{result.job.origin} -> {result.job.out}")
     for heading in ("", "before", "after"):
         table.add_column(heading, justify="left" if not heading else "right")
-    table.add_row("weights on disk", f"{plan.bytes_before / _MB:.1f} MB", f"{plan.bytes_after / _MB:.1f} MB")
+    table.add_row("weights on disk", f"{plan.bytes_before / _MB:.1f} MB", f"{bytes_after(result) / _MB:.1f} MB")
     dense_bits = 8 * result.plan.scale_dtype.itemsize
-    table.add_row("bits per weight (compressed layers)", f"{dense_bits}", f"{plan.bits_per_weight:.3f}")
+    table.add_row("bits per weight (compressed layers)", f"{dense_bits}", f"{stored_bits(result):.3f}")
     if score is not None and base is not None:
         table.add_row("perplexity", f"{base.perplexity:.4f}", f"{score.perplexity:.4f}")
         table.add_row("KL from the original, nats a token", "0", f"{score.kl:.5f}")
@@ -140,6 +177,8 @@ def print_result(result: Result) -> None:
     console = Console()
     console.print(table)
     console.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in result.seconds.items()), highlight=False)
+    for line in words(result):
+        console.print(line, highlight=False, markup=False)
     for note in notes(result):
         console.print(f"note: {note}", highlight=False, markup=False)
     proof = result.proof

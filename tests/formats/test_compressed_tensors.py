@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.formats import FORMATS, of_config
-from compress.formats.base import LayerShape
+from compress.formats.base import Held, LayerShape
 from compress.formats.compressed_tensors import CompressedTensors
 from compress.packed.uniform import UniformGrid
 from compress.passes.gptq import GPTQ
@@ -61,9 +62,13 @@ def shape_of(packed: UniformGrid, **changes: Any) -> LayerShape:
     return LayerShape(NAME, packed.shape[0], packed.shape[1], **changes)
 
 
+def held(name: str, packed: UniformGrid) -> Held:
+    return Held(name, name, packed.shape, packed.storage, packed.scales.dtype)
+
+
 def config_of(packed: UniformGrid) -> dict[str, Any]:
     """As a reader gets it: through JSON."""
-    value: dict[str, Any] = json.loads(json.dumps(FORMAT.config({NAME: packed.storage}, ["lm_head"])))
+    value: dict[str, Any] = json.loads(json.dumps(FORMAT.config([held(NAME, packed)], ["lm_head"])))
     return value
 
 
@@ -98,7 +103,7 @@ def test_bytes_equal_their_packer(out: int, columns: int, size: int, symmetric: 
         assert torch.equal(tensors["weight_zero_point"], pack_to_int32(zeros, bits, packed_dim=0))
         assert tensors["weight_zero_point"].is_contiguous()
     assert set(tensors) <= set(FORMAT.suffixes)
-    assert FORMAT.main in tensors
+    assert FORMAT.layers([f"{NAME}.{s}" for s in tensors], {}) == {NAME}
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -232,7 +237,7 @@ def test_mixed_settings_name_their_layers() -> None:
     few, many = layer(32, 64, 3, 32, True), layer(32, 64, 8, -1, False)
     names = {f"model.layers.{i}.mlp.down_proj": (few if i == 1 else many) for i in range(10)}
     names |= {"model.layers.0.mlp.w1": few, "model.layers.0.mlp.w10": many}  # one name begins with the other
-    config = json.loads(json.dumps(FORMAT.config({n: p.storage for n, p in names.items()}, [])))
+    config = json.loads(json.dumps(FORMAT.config([held(n, p) for n, p in names.items()], [])))
     QuantizationConfig.model_validate(copy.deepcopy(config))
     assert config["dequantize"] is True
     assert sorted(len(group["targets"]) for group in config["config_groups"].values()) == [2, 10]
@@ -242,7 +247,7 @@ def test_mixed_settings_name_their_layers() -> None:
         FORMAT.unpack("model.layers.12.mlp.down_proj", FORMAT.pack(few), config)
 
 
-@pytest.mark.parametrize("change", [{"quantization_status": "frozen"}, {"format": "int-quantized"}])
+@pytest.mark.parametrize("change", [{"quantization_status": "frozen"}, {"format": "naive-quantized"}])
 def test_refuses_files_it_cannot_read(change: dict[str, str]) -> None:
     packed = layer(32, 64, 4, 32, True)
     with pytest.raises(CompressError, match="cannot be read"):
@@ -261,3 +266,58 @@ def test_refuses_groups_of_other_types() -> None:
 def test_scales_are_stored_in_the_dtype_of_the_model() -> None:
     for dtype in DTYPES:
         assert FORMAT.scale_dtype(dtype) == dtype
+
+
+# --- W8A8
+
+
+def w8a8(out: int = 24, columns: int = 40, dtype: torch.dtype = torch.bfloat16, seed: int = 0) -> UniformGrid:
+    g = torch.Generator().manual_seed(seed)
+    codes = torch.randint(1, 256, (out, columns), generator=g, dtype=torch.uint8)
+    scales = (torch.rand(out, 1, generator=g) * 0.1 + 0.01).to(dtype)
+    return UniformGrid(codes, scales, None, 8, -1, None, "token")
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_w8a8_and_back(dtype: torch.dtype) -> None:
+    packed = w8a8(dtype=dtype)
+    assert FORMAT.why_not(packed.storage, shape_of(packed)) is None
+    tensors, config = FORMAT.pack(packed), config_of(packed)
+    assert tensors["weight"].dtype == torch.int8
+    assert config["format"] == "int-quantized"
+    assert same(FORMAT.unpack(NAME, tensors, config), packed)
+    assert FORMAT.activations(NAME, config) == "token"
+    assert FORMAT.shape(NAME, {s: tuple(t.shape) for s, t in tensors.items()}, config) == packed.shape
+
+
+def test_w8a8_reads_as_its_own_package_does() -> None:
+    from compressed_tensors.compressors.naive_quantized.base import IntQuantizationCompressor
+
+    packed = w8a8()
+    config = config_of(packed)
+    scheme = scheme_of(config)
+    assert scheme.input_activations is not None
+    assert (scheme.input_activations.num_bits, scheme.input_activations.dynamic) == (8, True)
+    state = IntQuantizationCompressor.decompress(FORMAT.pack(packed), scheme)
+    assert torch.equal(state["weight"].to(torch.bfloat16), packed.dequantize())
+
+
+@pytest.mark.parametrize("activations", ["token_zeropoint", "tensor", "tensor_zeropoint"])
+def test_w8a8_refuses_what_readers_do_not_have(activations: str) -> None:
+    packed = dataclasses.replace(w8a8(), activations=activations)
+    reason = FORMAT.why_not(packed.storage, shape_of(packed))
+    assert reason is not None
+    assert "use --format native" in reason
+
+
+@given(
+    out=st.integers(1, 9), columns=st.sampled_from([32, 64]), bits=st.integers(2, 8), size=st.sampled_from([-1, 16, 32]),
+    symmetric=st.booleans(), dtype=st.sampled_from(DTYPES),
+)  # fmt: skip
+@settings(deadline=None, max_examples=40)
+def test_nbytes_are_the_bytes(
+    out: int, columns: int, bits: int, size: int, symmetric: bool, dtype: torch.dtype
+) -> None:
+    for packed in (layer(out, columns, bits, size, symmetric, dtype), w8a8(out, columns, dtype)):
+        stored = sum(t.numel() * t.element_size() for t in FORMAT.pack(packed).values())
+        assert FORMAT.nbytes(packed.storage, packed.shape, dtype) == stored

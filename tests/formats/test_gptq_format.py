@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.formats import FORMATS, of_config
-from compress.formats.base import LayerShape
+from compress.formats.base import Held, LayerShape
 from compress.formats.compressed_tensors import CompressedTensors
 from compress.formats.gptq import GPTQFormat
 from compress.packed.uniform import UniformGrid, group_index
@@ -47,9 +47,13 @@ def same(a: UniformGrid, b: UniformGrid) -> bool:
     return a.storage == b.storage and all(equal(getattr(a, f), getattr(b, f)) for f in fields)
 
 
+def held(name: str, packed: UniformGrid) -> Held:
+    return Held(name, name, packed.shape, packed.storage, packed.scales.dtype)
+
+
 def config_of(fmt: GPTQFormat, packed: UniformGrid) -> dict[str, Any]:
     """As a reader gets it: through JSON."""
-    value: dict[str, Any] = json.loads(json.dumps(fmt.config({NAME: packed.storage}, ["lm_head"])))
+    value: dict[str, Any] = json.loads(json.dumps(fmt.config([held(NAME, packed)], ["lm_head"])))
     return value
 
 
@@ -252,14 +256,17 @@ def test_config(fmt: GPTQFormat, label: str, symmetric: bool) -> None:
 
 
 def test_config_holds_one_setting() -> None:
-    storages = {NAME: Storage("uniform", 4, 32, True), "model.layers.1.mlp.up_proj": Storage("uniform", 8, 32, True)}
+    storages = [
+        Held(f"model.layers.{i}.mlp.up_proj", f"model.layers.{i}.mlp.up_proj", (64, 64), s, torch.float16)
+        for i, s in enumerate([Storage("uniform", 4, 32, True), Storage("uniform", 8, 32, True)])
+    ]
     with pytest.raises(CompressError, match="one setting"):
         V1.config(storages, [])
 
 
 def test_config_of_layers_left_dense() -> None:
     names = [f"model.layers.{i}.mlp.up_proj" for i in range(2)]
-    storages = dict.fromkeys(names, Storage("uniform", 4, 32, True))
+    storages = [Held(n, n, (64, 64), Storage("uniform", 4, 32, True), torch.float16) for n in names]
     config = V1.config(storages, [*(n.replace("up", "gate") for n in names), "lm_head"])
     assert config["modules_in_block_to_quantize"] == [["mlp.up_proj"]]
     assert list(config["dynamic"]) == [r"-:.*\.mlp\.gate_proj$"]
@@ -270,3 +277,12 @@ def test_config_of_layers_left_dense() -> None:
 def test_scales_are_stored_in_float16() -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         assert V1.scale_dtype(dtype) == V2.scale_dtype(dtype) == torch.float16
+
+
+@pytest.mark.parametrize("fmt", [V1, V2])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("size", [-1, 32])
+def test_nbytes_are_the_bytes(fmt: GPTQFormat, bits: int, size: int) -> None:
+    packed = layer(64, 96, bits, size, False)
+    stored = sum(t.numel() * t.element_size() for t in fmt.pack(packed).values())
+    assert fmt.nbytes(packed.storage, packed.shape, torch.float16) == stored

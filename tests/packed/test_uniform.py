@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.packed import KINDS
+from compress import int8
 from compress.packed.uniform import UniformGrid, group_index
 from compress.types import Packed, Storage, bits_per_weight
 
@@ -43,12 +45,17 @@ def same(a: UniformGrid, b: UniformGrid) -> bool:
         return x.dtype == y.dtype and torch.equal(x, y)
 
     return (
-        (a.bits, a.group_size) == (b.bits, b.group_size)
+        (a.bits, a.group_size, a.activations) == (b.bits, b.group_size, b.activations)
         and equal(a.codes, b.codes)
         and equal(a.scales, b.scales)
         and equal(a.zeros, b.zeros)
         and equal(a.g_idx, b.g_idx)
     )
+
+
+def again(packed: UniformGrid) -> UniformGrid:
+    """Stored and read back."""
+    return UniformGrid.from_tensors(packed.tensors(), packed.storage, packed.shape, packed.scales.dtype)
 
 
 layers = st.builds(
@@ -67,7 +74,7 @@ layers = st.builds(
 @given(layers)
 @settings(deadline=None, max_examples=150)
 def test_tensors_and_back(packed: UniformGrid) -> None:
-    assert same(UniformGrid.from_tensors(packed.tensors(), packed.storage, packed.shape), packed)
+    assert same(again(packed), packed)
 
 
 @given(layers)
@@ -98,7 +105,7 @@ def test_rows(packed: UniformGrid, data: st.DataObject) -> None:
     assert part.shape == (stop - start, packed.shape[1])
     assert part.storage == packed.storage
     assert torch.equal(part.dequantize(), packed.dequantize()[start:stop])
-    assert same(UniformGrid.from_tensors(part.tensors(), part.storage, part.shape), part)
+    assert same(again(part), part)
 
 
 @given(layers)
@@ -114,6 +121,8 @@ def test_bits_per_weight_counts_bytes(packed: UniformGrid) -> None:
     if packed.g_idx is not None:
         bytes_ += 4 * columns
     assert bits_per_weight(packed) == pytest.approx(8 * bytes_ / (out * columns), rel=1e-12)
+    assert UniformGrid.stored_bytes(packed.storage, packed.shape, packed.scales.dtype) == bytes_
+    assert set(packed.tensors()) <= set(UniformGrid.parts)
 
 
 def test_bits_per_weight_of_a_usual_layer() -> None:
@@ -127,7 +136,7 @@ def test_bits_per_weight_of_a_usual_layer() -> None:
 def test_storage_tells_the_kind(symmetric: bool, ordered: bool) -> None:
     packed = layer(4, 40, 3, 16, symmetric, ordered=ordered)
     assert packed.storage == Storage("uniform", 3, 16, symmetric, ordered)
-    assert KINDS[packed.kind] is UniformGrid
+    assert packed.kind == UniformGrid.kind
     assert isinstance(packed, Packed)
 
 
@@ -141,10 +150,44 @@ def test_extreme_codes() -> None:
         assert UniformGrid(codes, scales, None, 8, -1).dequantize().tolist() == [[64.0, -63.5, 63.5, 0.0]]
 
 
-def test_to_keeps_every_field() -> None:
-    packed = layer(4, 40, 3, 16, False, ordered=True)
-    assert same(packed.to("cpu"), packed)
-    assert packed.to("meta").codes.device.type == "meta"
+@given(packed=layers, dtype=st.sampled_from(DTYPES), shape=st.sampled_from([(), (3,), (2, 3), (2, 0)]))
+@settings(deadline=None, max_examples=40)
+def test_linear_multiplies_by_the_dequantised_weight(
+    packed: UniformGrid, dtype: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    x = torch.randn(*shape, packed.shape[1], generator=torch.Generator().manual_seed(0)).to(dtype)
+    y = packed.linear(x)
+    assert y.dtype == dtype
+    assert torch.equal(y, torch.nn.functional.linear(x, packed.dequantize().to(dtype)))
+
+
+@pytest.mark.parametrize("activations", int8.MODES)
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_eight_bit_product(symmetric: bool, activations: str) -> None:
+    """Near the product with the dequantised weight, exactly the one of int8.py, and its mode is stored."""
+    packed = replace(layer(9, 50, 8, -1, symmetric, torch.float32), activations=activations)
+    x = torch.randn(2, 5, 50, generator=torch.Generator().manual_seed(1))
+    y = packed.linear(x)
+    zeros = None if packed.zeros is None else packed.zeros[:, 0]
+    assert torch.equal(y, int8.linear(x, packed.codes, packed.scales[:, 0], zeros, activations))
+    dense = x @ packed.dequantize().t()
+    assert not torch.equal(y, dense)
+    assert float((y - dense).norm()) < 0.02 * float(dense.norm())
+    assert packed.storage.activations == activations
+    assert Storage.from_json(packed.storage.as_json()) == packed.storage
+    assert same(again(packed), packed)
+    part = packed.rows(2, 7)
+    assert part.activations == activations
+    assert torch.equal(part.linear(x), y[..., 2:7])
+
+
+def test_eight_bit_product_takes_eight_bits_and_one_scale_a_row() -> None:
+    x = torch.ones(1, 32)
+    for bits, size in ((4, -1), (8, 16)):
+        with pytest.raises(AssertionError, match="8-bit codes"):
+            replace(layer(4, 32, bits, size, True, torch.float32), activations="token").linear(x)
+    one_group = replace(layer(4, 32, 8, 64, True, torch.float32), activations="token")
+    assert one_group.linear(x).shape == (1, 4)
 
 
 def test_group_index() -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.packed.uniform import UniformGrid
-from compress.passes import load
 from compress.passes.rtn import RTN
 from compress.types import LayerStats, Needs, Solved, Storage
 
@@ -147,13 +146,50 @@ def test_weights_of_any_float_dtype(dtype: torch.dtype) -> None:
 
 
 def test_settings() -> None:
-    assert RTN.needs == Needs.NOTHING
-    assert load("rtn") is RTN
+    assert RTN.needs == Needs()
     assert RTN().settle([256, 64]).group_size == 64
     assert RTN(group_size=48).settle([256, 64]).group_size == 48
+    assert RTN(group_size=0).settle([256, 64]).group_size == 0
+    assert RTN().row_unit == RTN(group_size=-1).row_unit == RTN(group_size=32).row_unit == 1
+    assert RTN(group_size=0).row_unit == 0
     for bits in (1, 9, 0, -4):
         with pytest.raises(CompressError, match=f"bits {bits} is out of range"):
             RTN(bits=bits)
-    for size in (0, -2, 257):
+    for size in (-2, 257):
         with pytest.raises(CompressError, match=f"group size {size}"):
             RTN(group_size=size).settle([256, 64])
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    bits=st.integers(2, 8),
+    symmetric=st.booleans(),
+    search=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+)
+@settings(deadline=None, max_examples=40)
+def test_one_scale_a_tensor(seed: int, bits: int, symmetric: bool, search: bool, dtype: torch.dtype) -> None:
+    """The tensor as one long row gives the same weights; stored as equal scales a row, what every format can hold."""
+    weight = random_weight(seed)
+    method = RTN(bits, 0, symmetric, search)
+    solved = method(weight, NOTHING, dtype)
+    packed = packed_of(solved)
+    flat = packed_of(RTN(bits, -1, symmetric, search)(weight.reshape(1, -1), NOTHING, dtype))
+    assert torch.equal(packed.dequantize(), flat.dequantize().reshape(weight.shape))
+    assert bool((packed.scales == flat.scales).all())
+    assert packed.scales.shape == (len(weight), 1)
+    assert packed.scales.is_contiguous()
+    assert packed.storage == method.storage == Storage("uniform", bits, -1, symmetric)
+    error = weight.double() - packed.dequantize().double()
+    torch.testing.assert_close(solved.row_loss.double(), error.square().sum(1), rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_scale_a_row_beats_one_a_tensor(symmetric: bool) -> None:
+    weight = random_weight(3, 32, 64) * torch.logspace(-1, 1, 32)[:, None]
+    for search in (False, True):
+        tensor = RTN(4, 0, symmetric, search)(weight, NOTHING, torch.float32)
+        row = RTN(4, -1, symmetric, search)(weight, NOTHING, torch.float32)
+        assert float(row.row_loss.sum()) < 0.5 * float(tensor.row_loss.sum())
+    plain = RTN(4, 0, symmetric)(weight, NOTHING, torch.float32).row_loss.sum()
+    assert float(RTN(4, 0, symmetric, True)(weight, NOTHING, torch.float32).row_loss.sum()) < float(plain)
