@@ -210,8 +210,19 @@ class BlockModel:
             slices.append((linear.first_row, packed))
         return dense
 
-    def set_param(self, name: str, value: Tensor) -> None:
-        """Overwrite the loaded parameter that the disk tensor `name` fills."""
+    def bias(self, linear: Linear) -> tuple[str, Tensor] | None:
+        """A loaded layer's bias and its name on disk, None where it has none (or shares it with other experts)."""
+        param = linear.param.rpartition(".")[0] + ".bias"
+        if linear.expert is not None or param not in self._parts:
+            return None
+        return self._parts[param][0].name, self.model.get_parameter(param).data
+
+    def set_stored(self, block: int, name: str, value: Tensor) -> None:
+        """Overwrite what the disk tensor `name` fills in a loaded block by a value shaped as on disk."""
+        linear = next((x for x in self.linears(block) if f"{x.name}.weight" == name), None)
+        if linear is not None:
+            self.set_weight(linear, value.t() if linear.transposed else value)
+            return
         param = next(p for p, parts in self._parts.items() if any(part.name == name for part in parts))
         self.model.get_parameter(param).data.copy_(value)
 

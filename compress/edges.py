@@ -190,7 +190,7 @@ def _disproof(
     both, one = block.run(into, out_of, norms).out, block.run({}, out_of, norms).out
     assert both is not None
     assert one is not None
-    left, moved = (apart(x, plain.out, block.dtype) for x in (both, one))
+    left, moved = (float(apart(x, plain.out, block.dtype).max()) for x in (both, one))
     if not moved > 0 or not math.isfinite(moved):
         return "the block's output does not depend on it"
     if not left <= _LEFT[block.dtype] * moved:
@@ -198,10 +198,10 @@ def _disproof(
     return None
 
 
-def apart(x: Tensor, y: Tensor, dtype: torch.dtype) -> float:
-    """The largest difference of two block outputs, beyond what rounding each channel to `dtype` explains."""
+def apart(x: Tensor, y: Tensor, dtype: torch.dtype) -> Tensor:
+    """[tokens]: each token's largest difference of two block outputs, beyond what rounding to `dtype` explains."""
     rounding = 4 * torch.finfo(dtype).eps * y.abs().flatten(0, -2).amax(0)
-    return float(((x - y).abs() - rounding).amax().clamp(min=0.0))
+    return ((x - y).abs() - rounding).amax(-1).clamp(min=0.0).flatten()
 
 
 def _random_powers(shape: tuple[int, ...], block: Block) -> Tensor:

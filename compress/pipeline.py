@@ -161,7 +161,7 @@ def restore(model: BlockModel, journal: Journal, plan: Plan, block: int) -> None
         parts = {s: read_tensor(stored.pop(n)) for s, n in names.items() if n in stored}
         model.set_packed(linear, moved(plan.format.unpack(linear.name, parts, config), model.device))
     for name, tensor in stored.items():  # what a transform changed beside the packed layers
-        model.set_param(name, read_tensor(tensor))
+        model.set_stored(block, name, read_tensor(tensor))
 
 
 def fingerprint(

@@ -157,6 +157,9 @@ def make_plan(
             weight = model.model.get_submodule(name).weight
             skipped.append(Skipped(name, weight.numel(), "outside the decoder blocks", name))
     skipped += _unused(model)
+    if recipe.transforms and recipe.needs.survey:
+        what = "a pass that surveys the whole model looks at it before the transforms of this recipe"
+        raise CompressError(what, recipe.name, "use int8 --rule any, or leave the transform out")
     recipe, choice = _settle(recipe, choice, chosen, names)
     first = next(linear for block in chosen for linear in block)
     stored = weights.dtype(first.name + ".weight")
@@ -196,7 +199,9 @@ def _settle(
     steps = []
     for i, step in enumerate(recipe.steps):
         method = step.method
-        if method is not None and not isinstance(method, Transform):
+        if isinstance(method, Transform):
+            step = replace(step, method=method.settle(sorted({x.shape[1] for block in chosen for x in block})))
+        elif method is not None:
             mine = [x for block in chosen for x in block if any(p is method for p in choice[x.name])]
             if not mine:
                 what = f"step {i + 1} ({step.name}) takes none of {len(names)} layers"

@@ -178,12 +178,15 @@ def sparsifies(storage: Storage) -> bool:
 
 
 def chained(passes: tuple[Pass, ...]) -> Storage:
-    """How a layer is stored that `passes` take one after the other."""
+    """How a layer is stored that `passes` take one after the other. Raises CompressError for a kind that cannot be."""
     last = passes[-1].storage
     if len(passes) == 1:
         return last
     first = passes[0].storage
-    return replace(first, bits=last.bits, group_size=last.group_size, symmetric=last.symmetric, inner=last)
+    if last.kind != "uniform":
+        what = f"what {passes[0].name} leaves is stored as it is or on a uniform grid, not as the kind {last.kind!r}"
+        raise CompressError(what, f"{passes[0].name}, then {passes[1].name}", "follow it with gptq, rtn or absmax")
+    return replace(last, kind=first.kind, details=first.details, inner=last)
 
 
 def parse(line: str) -> Pass | Transform:
@@ -257,7 +260,8 @@ def build(name: str, given: Mapping[str, Any], where: str = "") -> Pass | Transf
 
 def fitting(value: Any, hint: Any, where: str) -> Any:
     """`value` as the type `hint`. Raises CompressError when it is not one."""
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    union = typing.get_origin(hint) in (types.UnionType, typing.Union)  # typing resolves Literal | None to the latter
+    options = typing.get_args(hint) if union else (hint,)
     for option in options:
         if option is types.NoneType and value is None:
             return None
@@ -319,9 +323,22 @@ def make_recipe(found: Any, name: str, where: str) -> Recipe:
             raise CompressError(f"no option {key!r}", f"{where}, options", f"there are {', '.join(sorted(fields))}")
         values[plain] = fitting(value, hints[plain], f"{where}, options: {key}")
     recipe = Recipe(tuple(steps), str(found.get("name") or name), values)
+    if not recipe.passes and recipe.transforms:  # alone it brings the pass that follows it, as a sub-command does
+        last = recipe.transforms[-1].method
+        assert isinstance(last, Transform)
+        recipe = replace(recipe, steps=(*steps, Step(parse(last.then))))
+    elif any("then" in _given(value) for value in found["steps"]):
+        raise CompressError("then is for a transform alone; here the steps say what follows", where, "leave it out")
     if not recipe.passes:
         raise CompressError("no step rounds or prunes anything", where, "add one such as gptq: {bits: 4}")
     return recipe
+
+
+def _given(value: Any) -> Any:
+    """The settings of one line."""
+    if isinstance(value, str):
+        return _words_of(value)[1]
+    return next(iter(value.values())) or {}
 
 
 def _step(value: Any, where: str) -> Step:

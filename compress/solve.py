@@ -15,8 +15,10 @@ from compress.blocks import BlockModel, Linear
 from compress.errors import CompressError
 from compress.hidden import Activations
 from compress.job import Clock
+from compress.packed.sparse import Sparse
+from compress.packed.uniform import UniformGrid
 from compress.plan import Plan
-from compress.types import LayerStats, Pass, Solved
+from compress.types import LayerStats, Pass, Solved, Transform
 from compress.verify import digest
 
 #: for each layer of a block that asked for a survey, the share of tokens above the threshold in every block
@@ -32,12 +34,38 @@ class Block:
         records: one a compressed layer.
         changed: sha256 of every other tensor that a transform changed, by name.
         notes: what the report must say of the block.
+        edges: how many edges transforms rescaled.
+        unbiased: layers whose bias was to be corrected and that have none.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     changed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    edges: int = 0
+    unbiased: int = 0
+
+
+@dataclass
+class Folds:
+    """What the transforms of a block left for its passes.
+
+    Attributes:
+        weights: float32 [out, in] by layer, where the block holds the rescaled weight only rounded.
+        means: float32 [in] by layer, the analytic mean of its input.
+        transforms: those that were applied.
+        originals: float32 [out, in] by layer, the rescaled weight before a pass rounds it.
+    """
+
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    means: dict[str, Tensor] = field(default_factory=dict)
+    transforms: list[Transform] = field(default_factory=list)
+    originals: dict[str, Tensor] = field(default_factory=dict)
+
+    def weight(self, model: BlockModel, linear: Linear) -> Tensor:
+        """float32 [out, in]: what a pass is given."""
+        found = self.weights.get(linear.name)
+        return model.weight(linear).float() if found is None else found
 
 
 def compress_block(
@@ -59,9 +87,10 @@ def compress_block(
     else:
         with clock("hessian"):
             inputs = stats.collect(model, block, linears, flow, plan.needs)
+    folds = Folds()
     if plan.recipe.transforms and block < len(model.block_names):
         with clock("fold"):
-            inputs = _transform(model, plan, block, inputs, flow, done)
+            inputs = _transform(model, plan, block, inputs, flow, folds, done)
     for position in range(len(inputs)):
         group = inputs[position]
         if flow is not None and true_sequential and position and group.stage != inputs[position - 1].stage:
@@ -71,12 +100,15 @@ def compress_block(
             group = inputs[position]
         for part in _together(plan, group):
             with clock("solve"):
-                solved = _solve(model, plan, part, survey)
+                solved = _solve(model, plan, part, folds, survey)
             start = 0
             for linear in part.linears:
                 stop = start + linear.shape[0]
                 _store(model, plan, linear, part.stats, solved, start, stop, done)
+                _correct_bias(model, block, linear, part.stats, folds, done)
                 start = stop
+    if done.unbiased:
+        done.notes.append("bias correction: a layer without a bias has nothing to take it")
     return done
 
 
@@ -96,9 +128,9 @@ def _together(plan: Plan, group: stats.Inputs) -> Iterator[stats.Inputs]:
             yield stats.Inputs(linears, group.stats)
 
 
-def _solve(model: BlockModel, plan: Plan, part: stats.Inputs, survey: Survey) -> Solved:
+def _solve(model: BlockModel, plan: Plan, part: stats.Inputs, folds: Folds, survey: Survey) -> Solved:
     """Run the passes on the rows of all layers of a part; errors name the layers."""
-    weight = torch.cat([model.weight(linear).float() for linear in part.linears])
+    weight = torch.cat([folds.weight(model, linear) for linear in part.linears])
     spread = survey.get(part.linears[0].name)
     given = part.stats if spread is None else replace(part.stats, spread=spread)
     try:
@@ -117,11 +149,10 @@ def run_passes(passes: tuple[Pass, ...], weight: Tensor, given: LayerStats, dtyp
     solved = passes[0](weight, given, dtype)
     if len(passes) == 1:
         return solved
-    from compress.packed.sparse import Sparse
-
     pruned = solved.packed
     assert isinstance(pruned, Sparse)
     later = passes[1](pruned.dequantize().float(), replace(given, mask=pruned.mask), dtype)
+    assert isinstance(later.packed, UniformGrid)  # the plan refused every other kind
     packed = Sparse.wrap(pruned.mask, later.packed, pruned)
     error = weight - packed.dequantize().float()
     if given.hessian is None:
@@ -184,12 +215,57 @@ def _record(
 
 
 def _transform(
-    model: BlockModel, plan: Plan, block: int, inputs: list[stats.Inputs], flow: Activations | None, done: Block
+    model: BlockModel,
+    plan: Plan,
+    block: int,
+    inputs: list[stats.Inputs],
+    flow: Activations | None,
+    folds: Folds,
+    done: Block,
 ) -> list[stats.Inputs]:
     """Apply the recipe's transforms to the block, in order; the statistics follow the rescaled channels."""
     from compress.folding import fold
 
-    raise NotImplementedError
+    for step in plan.recipe.transforms:
+        if not step.where.holds("", block, len(model.block_names)):
+            continue
+        assert isinstance(step.method, Transform)
+        sample = None if flow is None else flow.states(0)
+        folded = fold(model, block, inputs, step.method, sample, folds.weights)
+        inputs = folded.inputs
+        folds.weights = folded.weights
+        folds.means |= folded.means
+        folds.transforms.append(step.method)
+        for name, tensor in folded.changed.items():
+            done.tensors[name] = tensor
+            done.changed[name] = digest(tensor)
+        done.notes += [f"{step.name}: {note}" for note in folded.notes]
+        done.edges += folded.edges
+    if any(t.shifts for t in folds.transforms):
+        folds.originals = {x.name: folds.weight(model, x).clone() for group in inputs for x in group.linears}
+    return inputs
+
+
+def _correct_bias(
+    model: BlockModel, block: int, linear: Linear, layer_stats: LayerStats, folds: Folds, done: Block
+) -> None:
+    """Take the mean error of a rounded layer out of its bias, where a transform asks for it and there is a bias."""
+    for transform in folds.transforms:
+        if not transform.shifts:
+            continue
+        rounded = model.weight(linear)
+        shift = transform.shift(folds.originals[linear.name], rounded, folds.means.get(linear.name), layer_stats)
+        if shift is None:
+            continue
+        bias = model.bias(linear)
+        if bias is None:
+            done.unbiased += 1
+            continue
+        name, value = bias
+        stored = (value.float() + shift.to(value.device)).to(model.weights.dtype(name)).cpu()
+        model.set_stored(block, name, stored)
+        done.tensors[name] = stored
+        done.changed[name] = digest(stored)
 
 
 def survey_model(model: BlockModel, plan: Plan, flow: Activations, clock: Clock) -> Survey:

@@ -190,11 +190,15 @@ class Block:
         ]
 
     def node_at(self, weight: Tensor) -> tuple[Node | None, int | None]:
-        """The node, and its expert, whose memory a weight is; (None, None) for modules of their own."""
+        """The node, and its expert, that a weight belongs to; (None, None) for modules of their own."""
         for start, step, count, node in self._bare:
             index, inside = divmod(weight.data_ptr() - start, step)
             if inside == 0 and 0 <= index < count and weight.shape[-1] == node.columns:
                 return node, index if node.experts else None
+        for *_, node in self._bare:  # a router may run on a float32 copy of its weight
+            data = self.model.model.get_parameter(node.param).data
+            if weight.shape == data.shape and weight.dtype != data.dtype and torch.equal(weight, data.to(weight.dtype)):
+                return node, None
         return None, None
 
     def run(

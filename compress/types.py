@@ -198,7 +198,6 @@ class Solved:
         row_norm: float32 [out], the same with q = 0, so that row_loss / row_norm is a relative error.
         notes: what the report must say: a raised damp, rows that fell back, dead columns.
         figures: what the paper would print of a layer: its outlier features, its sparsity. Plain numbers.
-        bias: float32 [out], to be added to the layer's bias (bias correction), or None.
     """
 
     packed: Packed
@@ -206,7 +205,6 @@ class Solved:
     row_norm: Tensor
     notes: tuple[str, ...] = ()
     figures: Mapping[str, float] = field(default_factory=dict)
-    bias: Tensor | None = None
 
 
 class Pass(Protocol):
@@ -285,6 +283,9 @@ class Transform(Protocol):
 
     Attributes:
         then: the pass to follow when the transform is a sub-command: its name and settings, "rtn bits=4".
+        makers: which edges it wants, of "norm" and "linear".
+        sweeps: how often every edge is visited at most (edges that share a matrix move each other).
+        shifts: it corrects biases after rounding.
     """
 
     name: ClassVar[str]
@@ -292,10 +293,32 @@ class Transform(Protocol):
     then: str
 
     @property
+    def makers(self) -> tuple[str, ...]: ...
+
+    @property
+    def sweeps(self) -> int: ...
+
+    @property
+    def shifts(self) -> bool: ...
+
+    @property
     def needs(self) -> Needs: ...
+
+    def settle(self, in_features: Collection[int]) -> Self:
+        """Fill settings that depend on the layers' shapes. Raises CompressError when none fits."""
+        ...
 
     def scale(self, edge: Edge) -> Tensor | None:
         """float32 [in], s > 0 for each channel; None leaves this edge alone."""
+        ...
+
+    def shift(self, weight: Tensor, dequantised: Tensor, analytic: Tensor | None, stats: LayerStats) -> Tensor | None:
+        """What to add to a layer's bias after rounding, float32 [out]; None for nothing.
+
+        Args:
+            weight, dequantised: [out, in].
+            analytic: float32 [in], the input's mean as the bias of the LayerNorm before it has it, if there is one.
+        """
         ...
 
 

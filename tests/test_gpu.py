@@ -9,7 +9,7 @@ import torch
 
 import compress
 from compress import columns
-from compress.passes.gptq import row_losses
+from compress.hessian import row_losses
 from compress.stats import accumulate
 from compress.types import LayerStats
 

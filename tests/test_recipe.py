@@ -108,7 +108,7 @@ def test_transform_brings_the_pass_that_follows() -> None:
         ({"steps": [{"rtn": {}, "gptq": {}}]}, "is not one method"),
         ({"steps": [{"keep": {"bits": 4}}, "rtn"]}, "keep has no setting 'bits'"),
         ({"steps": [{"keep": {}}]}, "no step rounds"),
-        ({"steps": ["smoothquant"]}, "no step rounds"),
+        ({"steps": ["smoothquant then='rtn'", "rtn"]}, "then is for a transform alone"),
         ({"steps": [{"smoothquant": {"layers": "*.up_proj"}}, "rtn"]}, "rescales whole blocks"),
         ({"steps": ["rtn"], "options": {"sample": 4}}, "no option 'sample'"),
         ({"steps": ["rtn"], "options": {"samples": "many"}}, "'many' is not a value"),
@@ -186,3 +186,20 @@ def test_yaml_numbers() -> None:
     text = "[2:4, 4, -1, 0.5, 1e-3, .5, -.inf, 1., 4e1, 0x10, yes, null, a4, '4', 1_000]"
     want = ["2:4", 4, -1, 0.5, 1e-3, 0.5, -float("inf"), 1.0, 40.0, "0x10", True, None, "a4", "4", "1_000"]
     assert read_yaml(text) == want
+
+
+def test_a_transform_alone_brings_its_pass() -> None:
+    recipe = make_recipe({"steps": ["smoothquant then='rtn bits=8 group_size=-1'"]}, "x", "x")
+    assert [s.name for s in recipe.steps] == ["smoothquant", "rtn"]
+    recipe = make_recipe({"steps": ["smoothquant alpha=0.8", "gptq bits=8"]}, "x", "x")
+    assert [s.name for s in recipe.steps] == ["smoothquant", "gptq"]
+
+
+def test_optional_choices_take_their_values() -> None:
+    assert parse("sparsegpt pattern=2:4 act_order=none") == build("sparsegpt", {"pattern": "2:4", "act_order": "none"})
+
+
+def test_what_cannot_follow_pruning() -> None:
+    recipe = make_recipe({"steps": ["sparsegpt pattern=2:4", "nf4"]}, "x", "x")
+    with pytest.raises(CompressError, match=r"sparsegpt, then nf4.*follow it with gptq"):
+        chained(tuple(recipe.passes))

@@ -5,7 +5,8 @@ the block size, and the last may be shorter. Codes, block maxima and dequantised
 on a CPU, to the last bit, but for two things. It gives very small positive weights FP4's second zero (code 8); here
 every zero has code 0. And where blocks cross rows, its AVX-512 kernel looks for the first block of row r at
 r * (in_features // block_size), which is another one, and returns wrong weights (rows of a multiple of 16 columns); its
-plain torch code gives those that are defined here. Ties between two levels go to the lower one.
+plain torch code and its GPU kernels give those that are defined here. Ties between two levels go to the lower one; its
+GPU kernel for FP4 takes the one nearer to zero.
 
 With double quantisation (QLoRA, section 3) the block maxima less their mean are stored in 8 bits, by the nearest entry
 of the dynamic map times the largest magnitude among 256 of them. bitsandbytes' CPU kernel finds that entry by a lookup

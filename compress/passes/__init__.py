@@ -29,13 +29,17 @@ PASSES: dict[str, Entry] = {
     "rtn": Entry("compress.passes.rtn", "RTN", "round to nearest, no calibration (2 to 8 bits)"),
     "absmax": Entry("compress.passes.absmax", "Absmax", "8-bit weights, and 8-bit activations if asked (W8A16, W8A8)"),
     "int8": Entry("compress.passes.int8", "Int8", "LLM.int8(): outlier features in 16 bits, the rest vector-wise int8"),
-    "sparsegpt": Entry("compress.passes.sparsegpt", "SparseGPT", "SparseGPT: prune to a share or N:M, and quantise along"),
+    "sparsegpt": Entry(
+        "compress.passes.sparsegpt", "SparseGPT", "SparseGPT: prune to a share or N:M, and quantise along"
+    ),
     "spqr": Entry("compress.passes.spqr", "SpQR", "SpQR: small groups, two-level statistics, sparse 16-bit outliers"),
     "nf4": Entry("compress.passes.nf4", "NF4", "NormalFloat4 in blocks (QLoRA), statistics quantised too if asked"),
     "fp4": Entry("compress.passes.fp4", "FP4", "4-bit floats in blocks: E2M1, E1M2, E3M0"),
     "kmeans": Entry("compress.passes.kmeans", "KMeans", "code books by k-means, weighted by the Hessian's diagonal"),
     "equalize": Entry("compress.passes.equalize", "Equalize", "data-free cross-layer equalisation, then rounding"),
-    "smoothquant": Entry("compress.passes.smoothquant", "SmoothQuant", "SmoothQuant: activation outliers into weights, W8A8"),
+    "smoothquant": Entry(
+        "compress.passes.smoothquant", "SmoothQuant", "SmoothQuant: activation outliers into weights, W8A8"
+    ),
     "awq": Entry("compress.passes.awq", "AWQ", "AWQ: protect the weights that large activations meet, then round"),
 }
 

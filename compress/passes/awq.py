@@ -32,7 +32,7 @@ from torch import Tensor
 from compress import grid
 from compress.errors import CompressError
 from compress.packed.uniform import group_index
-from compress.types import Edge, Needs
+from compress.types import Edge, LayerStats, Needs
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class AWQ:
     )
     needs: ClassVar[Needs] = Needs(hessian=True, ranges=True)
     makers: ClassVar[tuple[str, ...]] = ("norm", "linear")
+    sweeps: ClassVar[int] = 1
+    shifts: ClassVar[bool] = False
 
     bits: int = field(default=4, metadata={"help": "bits a weight, 2 to 8"})
     group_size: int | None = field(
@@ -90,6 +92,9 @@ class AWQ:
         losses = torch.stack([self.loss(edge.readers, stats.hessian, s, size) for s in tried])
         best = int(losses.argmin())
         return tried[best] if best else None
+
+    def shift(self, weight: Tensor, dequantised: Tensor, analytic: Tensor | None, stats: LayerStats) -> None:
+        """Biases stay as they are."""
 
     def loss(self, readers: tuple[Tensor, ...], hessian: Tensor, s: Tensor, group_size: int) -> Tensor:
         """Equation 4's objective, a float32 number: sum of trace(D H D^T) over the readers.

@@ -23,14 +23,15 @@ statistics, which these models have not: both are left out.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.types import Edge, Needs
+from compress.types import Edge, LayerStats, Needs
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,16 @@ class Equalize:
             raise CompressError(what, "--bias-correction", "use analytic, measured or none")
 
     @property
+    def shifts(self) -> bool:
+        """Whether it corrects biases."""
+        return self.bias_correction != "none"
+
+    @property
     def needs(self) -> Needs:
         return Needs(ranges=self.bias_correction == "measured")
+
+    def settle(self, in_features: Collection[int]) -> Self:
+        return self
 
     def scale(self, edge: Edge) -> Tensor | None:
         """float32 [in], equation 11; None for what a norm makes."""
@@ -75,6 +84,11 @@ class Equalize:
         first = edge.rows[:, :-1].abs().amax(1).float()
         second = torch.stack([w.abs().amax(0).float() for w in edge.readers]).amax(0)
         return equalising(first, second)
+
+    def shift(self, weight: Tensor, dequantised: Tensor, analytic: Tensor | None, stats: LayerStats) -> Tensor | None:
+        """float32 [out], the bias correction; None where nothing says what the mean of the layer's input is."""
+        mean = {"analytic": analytic, "measured": stats.mean, "none": None}[self.bias_correction]
+        return None if mean is None else bias_shift(weight, dequantised, mean)
 
 
 def equalising(first: Tensor, second: Tensor) -> Tensor:

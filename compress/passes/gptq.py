@@ -13,30 +13,32 @@ Beyond the paper, each with its own switch:
 A row whose loss would be above round-to-nearest's on the same grid takes the round-to-nearest codes. A column that
 calibration never saw (H_ii = 0) is rounded to nearest; the reference code sets it to zero.
 
+`--reference obq` visits each row's weights in OBQ's greedy order instead (compress/obq.py), on the same static grids.
+
 Weights that an earlier step pruned (`LayerStats.mask`) stay exactly 0: their level is 0 throughout, and what that costs
 is compensated like any other error. SparseGPT's joint sweep is this one with the mask chosen on the way (`solve`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
-from compress import columns, grid
-from compress.columns import blocks as blocks
+from compress import columns, grid, obq
+from compress.columns import blocks
 from compress.errors import CompressError
 from compress.grid import Grid
+from compress.hessian import factorise, refit_scales, row_losses, runs, unvisit, visiting_order
 from compress.masks import Choice, Growing, expected
 from compress.packed.uniform import UniformGrid, group_index
 from compress.types import LayerStats, Needs, Solved, Storage
 
-#: each failed Cholesky multiplies the damp by this; it ends far above any Hessian's own diagonal
-_DAMP_STEP = 10.0
-_DAMP_LIMIT = 1e4
+#: in_features up to which the reference order is offered
+_WIDEST_OBQ = 1024
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,12 @@ class GPTQ:
     )
     refit: bool = field(default=True, metadata={"help": "least-squares refit of the group scales to the codes"})
     descent: int = field(default=1, metadata={"help": "sweeps of coordinate descent over the codes after GPTQ"})
+    reference: Literal["none", "obq"] = field(
+        default="none",
+        metadata={
+            "help": "obq: the greedy order of OBQ in place of GPTQ's fixed one, for layers of at most 1024 inputs"
+        },
+    )
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -80,8 +88,16 @@ class GPTQ:
             raise CompressError(f"{self.descent} sweeps is out of range", "--descent", "use 0 or more")
         if self.act_order not in ("static", "groups", "none"):
             raise CompressError(f"no act order {self.act_order!r}", "--act-order", "use static, groups or none")
+        if self.reference not in ("none", "obq"):
+            raise CompressError(f"no reference {self.reference!r}", "--reference", "use none or obq")
+        if self.reference == "obq" and self.act_order == "groups":
+            raise CompressError("OBQ has an order of its own", "--act-order groups", "leave --act-order out")
 
     def settle(self, in_features: Collection[int]) -> Self:
+        if self.reference == "obq" and max(in_features, default=0) > _WIDEST_OBQ:
+            what = f"OBQ takes in_features^3 for every row, and a layer has {max(in_features)} of them"
+            remedy = f"choose layers of {_WIDEST_OBQ} or fewer with --include, or leave --reference out"
+            raise CompressError(what, "--reference obq", remedy)
         return replace(self, group_size=grid.settle_group_size(self.group_size, in_features))
 
     @property
@@ -133,7 +149,12 @@ class GPTQ:
         seen = target if fitted is None else target * fitted  # a weight of 0 costs the fit of its group nothing
         grids = grid.fit(seen, self.bits, size, self.symmetric, scale_dtype, self.scale_search, importance)
         groups = group_index(target.shape[1], size, target.device)
-        if size != -1 and self.act_order != "static":
+        if self.reference == "obq":
+            scale, low, high = (x[:, groups] for x in (grids.scale, grids.low, grids.high))
+            if given is not None:
+                low, high = low * given, high * given
+            k, kept = obq.sweep(target, damped, scale, low, high, grids.dtype), None
+        elif size != -1 and self.act_order != "static":
             k, kept, grids = self._sweep_fresh(
                 target, factor, grids, groups.tolist(), importance, fitted, given, choice
             )
@@ -241,111 +262,6 @@ class GPTQ:
         size = -1 if self.group_size is None else self.group_size
         packed = UniformGrid(codes, grids.scale.to(grids.dtype), zeros, self.bits, size, g_idx)
         return Solved(packed, row_losses(error, hessian), row_losses(target, hessian), notes)
-
-
-def factorise(hessian: Tensor, dead: Tensor, damp_percent: float) -> tuple[Tensor, Tensor, list[str]]:
-    """Damp H and take the upper factor U of its inverse, H^-1 = U^T U.
-
-    The inverse is never formed: with J the reversal of order and J H J = L L^T, U = J L^-1 J. When Cholesky fails the
-    damp is multiplied by ten, and every step is noted. Columns in `dead` hold nothing but the damp.
-
-    Returns:
-        damped H [in, in], U [in, in], notes.
-
-    Raises:
-        CompressError: H is not finite.
-    """
-    if not bool(torch.isfinite(hessian).all()):
-        raise CompressError(
-            "the Hessian holds NaN or infinity", remedy="the activations overflowed: use --dtype float32"
-        )
-    damped = hessian.clone()
-    damped.diagonal()[dead] = 0.0
-    mean = float(hessian.diagonal().mean())
-    mean = mean if mean > 0 else 1.0
-    percent = damp_percent
-    notes: list[str] = []
-    while True:
-        trial = damped.clone()
-        trial.diagonal().add_(percent * mean)
-        lower, info = torch.linalg.cholesky_ex(trial.flip(0, 1))
-        if int(info) == 0:
-            eye = torch.eye(len(trial), dtype=trial.dtype, device=trial.device)
-            inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
-            if bool(torch.isfinite(inverse).all()):
-                return trial, inverse.flip(0, 1).contiguous(), notes
-        raised = max(percent * _DAMP_STEP, 1e-6)
-        if raised > _DAMP_LIMIT:
-            raise CompressError(f"no damp up to {_DAMP_LIMIT:g} makes the Hessian positive definite")
-        notes.append(f"Cholesky failed at damp {percent:g}: raised to {raised:g}")
-        percent = raised
-
-
-def visiting_order(diagonal: Tensor, by_size: bool, choice: Choice | None = None) -> Tensor:
-    """int64 [in]: the columns in natural order or by falling H_ii; for N:M runs of M stay together, by their sum."""
-    if not by_size:
-        return torch.arange(len(diagonal), device=diagonal.device)
-    run = choice.length if choice is not None and choice.pattern.m else 1
-    heads = torch.argsort(diagonal.reshape(-1, run).sum(1), descending=True, stable=True)
-    return (heads[:, None] * run + torch.arange(run, device=diagonal.device)).flatten()
-
-
-def runs(groups: list[int], start: int, stop: int) -> Iterator[tuple[int, int]]:
-    """Stretches [first, last) of one group within the columns start..stop-1."""
-    first = start
-    for i in range(start + 1, stop + 1):
-        if i == stop or groups[i] != groups[first]:
-            yield first, i
-            first = i
-
-
-def unvisit(levels: Tensor, visit: Tensor) -> Tensor:
-    """[in, out] in visiting order -> [out, in] in natural order."""
-    natural = torch.empty_like(levels)
-    natural[visit] = levels
-    return natural.t().contiguous()
-
-
-def segment_sum(x: Tensor, size: int) -> Tensor:
-    """Sum over the columns of each group: [..., in] -> [..., groups]; the last group may be ragged."""
-    columns = x.shape[-1]
-    size = columns if size == -1 else size
-    groups = -(-columns // size)
-    padded = torch.nn.functional.pad(x, (0, groups * size - columns))
-    return padded.reshape(*x.shape[:-1], groups, size).sum(-1)
-
-
-def refit_scales(k: Tensor, target: Tensor, damped: Tensor, grids: Grid, size: int) -> Grid:
-    """The group scales that minimise each row's loss for fixed levels k: a [groups, groups] solve a row.
-
-    With q = sum_g s_g k_g the loss is quadratic in s; from the present scales the best step d solves A d = b,
-    A_gh = k_g H k_h^T, b_g = (w - q) H k_g^T. A scale that would leave 0.4 to 2.5 times its old value is kept (its
-    group is nearly unused), then all are rounded to storage. A row that this makes no better keeps its old scales.
-    """
-    columns = k.shape[1]
-    size = columns if size == -1 else size
-    groups = -(-columns // size)
-    error = target - k * grids.scale[:, group_index(columns, size, k.device)]
-    b = segment_sum((error @ damped) * k, size)  # [out, groups]
-    a = torch.empty(len(k), groups, groups, device=k.device)
-    for g in range(groups):
-        mine = slice(g * size, min((g + 1) * size, columns))
-        a[:, g] = segment_sum((k[:, mine] @ damped[mine]) * k, size)
-    diagonal = a.diagonal(dim1=1, dim2=2)
-    diagonal += 1e-5 * diagonal.mean(1, keepdim=True)
-    step, info = torch.linalg.solve_ex(a, b)
-    ratio = 1 + step / grids.scale
-    sane = (ratio > 0.4) & (ratio < 2.5) & (info == 0)[:, None]
-    scale = torch.where(sane, grid.round_scale(grids.scale + step, grids.dtype), grids.scale)
-    step = scale - grids.scale
-    gain = (step * (2 * b - (a @ step[..., None])[..., 0])).sum(1)
-    scale = torch.where((gain > 0)[:, None], scale, grids.scale)
-    return Grid(scale, grids.zero, grids.bits, grids.dtype)
-
-
-def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
-    """float32 [out]: e H e^T for each row e."""
-    return ((error @ hessian) * error).sum(1)
 
 
 def keep_better_rows(

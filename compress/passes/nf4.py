@@ -17,7 +17,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.packed import blockwise
-from compress.passes.gptq import row_losses
+from compress.hessian import row_losses
 from compress.types import LayerStats, Needs, Solved, Storage
 
 #: what bitsandbytes' kernels know

@@ -16,14 +16,15 @@ to 1e-5 at least; here a channel that calibration or the readers never use is le
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.types import Edge, Needs
+from compress.types import Edge, LayerStats, Needs
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,8 @@ class SmoothQuant:
         "Language Models, ICML 2023"
     )
     needs: ClassVar[Needs] = Needs(ranges=True)
+    sweeps: ClassVar[int] = 1
+    shifts: ClassVar[bool] = False
 
     alpha: float = field(
         default=0.5, metadata={"help": "migration strength, 0 to 1: how much of the difficulty the weights take"}
@@ -60,12 +63,18 @@ class SmoothQuant:
         """The kinds of edges that it rescales."""
         return ("norm",) if self.edges == "norm" else ("norm", "linear")
 
+    def settle(self, in_features: Collection[int]) -> Self:
+        return self
+
     def scale(self, edge: Edge) -> Tensor | None:
         """float32 [in], equation 4; None for an edge that `edges` leaves out."""
         if edge.maker not in self.makers:
             return None
         assert edge.stats.absmax is not None
         return smoothing(edge.stats.absmax, largest(edge.readers), self.alpha)
+
+    def shift(self, weight: Tensor, dequantised: Tensor, analytic: Tensor | None, stats: LayerStats) -> None:
+        """Biases stay as they are."""
 
 
 def largest(readers: tuple[Tensor, ...]) -> Tensor:

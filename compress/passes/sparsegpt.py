@@ -36,7 +36,8 @@ from compress.masks import Choice, Pattern
 from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse, storage_around
 from compress.packed.uniform import UniformGrid, group_index
-from compress.passes.gptq import GPTQ, factorise, row_losses, unvisit, visiting_order
+from compress.hessian import factorise, row_losses, unvisit, visiting_order
+from compress.passes.gptq import GPTQ
 from compress.types import LayerStats, Needs, Solved, Storage
 
 _LARGEST_SPARSITY = 0.95

@@ -41,7 +41,7 @@ from compress.packed import bilevel, outliers
 from compress.packed.bilevel import PLAIN, BiLevel, Statistic
 from compress.packed.outliers import Outliers
 from compress.packed.uniform import group_index
-from compress.passes.gptq import factorise, row_losses, unvisit
+from compress.hessian import factorise, row_losses, unvisit
 from compress.spqr_sweep import Grids, Solution
 from compress.types import LayerStats, Needs, Packed, Solved, Storage, bits_per_weight
 

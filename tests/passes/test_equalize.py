@@ -114,6 +114,18 @@ def test_bias_correction_restores_the_mean() -> None:
     assert not bias_shift(weight, weight, x.mean(0)).any()
 
 
+def test_where_the_mean_comes_from() -> None:
+    weight, rounded = torch.ones(2, 3), torch.full((2, 3), 0.5)
+    analytic, stats = torch.tensor([1.0, 2.0, 3.0]), LayerStats(5, mean=torch.tensor([2.0, 0.0, 0.0]))
+    one = Equalize().shift(weight, rounded, analytic, stats)
+    two = Equalize(bias_correction="measured").shift(weight, rounded, analytic, stats)
+    assert one is not None
+    assert two is not None
+    assert (one.tolist(), two.tolist()) == ([3.0, 3.0], [1.0, 1.0])
+    assert Equalize().shift(weight, rounded, None, stats) is None
+    assert Equalize(bias_correction="none").shift(weight, rounded, analytic, stats) is None
+
+
 def test_settings() -> None:
     plain = Equalize()
     assert isinstance(plain, Transform)

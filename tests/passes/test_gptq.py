@@ -15,10 +15,11 @@ from torch import Tensor
 
 from compress import columns as loops
 from compress import grid
+from compress import hessian as second_order
 from compress.errors import CompressError
 from compress.grid import Grid
 from compress.packed.uniform import UniformGrid, group_index
-from compress.passes import gptq, load
+from compress.passes import load
 from compress.passes.gptq import GPTQ
 from compress.passes.rtn import RTN
 from compress.types import LayerStats, Needs, Solved, Storage
@@ -224,7 +225,7 @@ def test_static_scales_come_from_the_original_weights(size: int, symmetric: bool
 @pytest.mark.parametrize("block", [1, 7, 128])
 def test_sweep_leaves_its_inputs(block: int) -> None:
     weight, hessian = problem(2)
-    _, factor, _ = gptq.factorise(hessian, torch.zeros(24, dtype=torch.bool), 0.01)
+    _, factor, _ = second_order.factorise(hessian, torch.zeros(24, dtype=torch.bool), 0.01)
     inverse = torch.linalg.inv(damped(hessian, 0.01))
     torch.testing.assert_close(
         factor.double().T @ factor.double(), inverse, rtol=1e-3, atol=1e-3 * float(inverse.max())
@@ -277,7 +278,7 @@ def test_block_size_changes_nothing(act_order: str, size: int, extras: bool) -> 
 @settings(deadline=None, max_examples=200)
 def test_blocks_cover_the_columns_and_hold_fresh_groups(columns: int, block_size: int, size: int) -> None:
     group_of = group_index(columns, size).tolist()
-    cut = list(gptq.blocks(columns, block_size, group_of))
+    cut = list(loops.blocks(columns, block_size, group_of))
     assert [start for start, _ in cut] == [0, *(stop for _, stop in cut[:-1])]
     assert cut[-1][1] == columns
     assert all(0 < stop - start <= block_size for start, stop in cut)
@@ -390,7 +391,7 @@ def test_refit_never_raises_a_row(size: int, symmetric: bool, dtype: torch.dtype
             k[0, :24] = 0  # groups that are unused, nearly unused, and a row that is
             k[1, 1:24] = 0
             k[2] = 0
-            refitted = gptq.refit_scales(k, weight, hessian, fitted, size)
+            refitted = second_order.refit_scales(k, weight, hessian, fitted, size)
             assert torch.equal(refitted.scale.to(dtype).float(), refitted.scale)
             before = quadratic(weight - scaled(k, fitted, size), hessian)
             after = quadratic(weight - scaled(k, refitted, size), hessian)
@@ -406,7 +407,7 @@ def test_refit_finds_the_least_squares_scales() -> None:
         fitted = grid.fit(weight, 4, 12, True, torch.float32)
         groups = group_index(48, 12)
         k = grid.nearest(weight, fitted.scale[:, groups], fitted.low[:, groups], fitted.high[:, groups])
-        refitted = gptq.refit_scales(k, weight, hessian, fitted, 12)
+        refitted = second_order.refit_scales(k, weight, hessian, fitted, 12)
         root = torch.linalg.cholesky(hessian.double())
         for r in range(len(weight)):
             basis = torch.zeros(48, 4, dtype=torch.float64)
@@ -762,3 +763,103 @@ def test_settings() -> None:
     for size in (0, -2, 300):
         with pytest.raises(CompressError, match=f"group size {size}"):
             GPTQ(group_size=size).settle([256, 96])
+
+
+def masked(seed: int, rows: int, columns: int, share: float = 0.5) -> Tensor:
+    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(seed)) >= share
+
+
+@pytest.mark.parametrize("act_order", ORDERS)
+@pytest.mark.parametrize("size", [-1, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("extras", [True, False])
+def test_pruned_weights_stay_zero(act_order: str, size: int, symmetric: bool, extras: bool) -> None:
+    """Whatever they were; losses stay those of the stored layer, and no row loses to rounding under the mask."""
+    for seed in range(3):
+        weight, hessian = problem(seed)
+        mask = masked(seed, 12, 24)
+        mask[2] = False
+        given_weight = weight if seed else weight * mask
+        copies = given_weight.clone(), mask.clone()
+        method = GPTQ(3, size, symmetric, act_order, scale_search=extras, refit=extras, descent=2 * int(extras))  # type: ignore[arg-type]
+        solved = method(given_weight, LayerStats(1000, hessian, mask=mask), BF16)
+        assert torch.equal(given_weight, copies[0])
+        assert torch.equal(mask, copies[1])
+        packed = packed_of(solved)
+        dense = packed.dequantize()
+        assert bool((dense[~mask] == 0).all())
+        assert bool((levels_of(packed)[~mask] == 0).all())
+        assert bool((dense[mask] != 0).any())
+        error = given_weight - dense.float()
+        assert bool(((solved.row_loss.double() - quadratic(error, hessian)).abs() <= noise(error, hessian)).all())
+        nearest = to_nearest(given_weight, packed) * mask
+        allowed = noise(error, hessian) + noise(given_weight - nearest, hessian)
+        worst = quadratic(given_weight - nearest, hessian) + allowed
+        assert bool((quadratic(error, hessian) <= worst).all())
+
+
+@pytest.mark.parametrize("reference", [by_elimination, by_solving])
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_pruned_weights_are_compensated(symmetric: bool, reference: Callable[..., Tensor]) -> None:
+    """Like any other error: the published algorithm with a rounder that knows 0 alone for them."""
+    for seed in range(4):
+        weight, hessian = problem(seed, columns=20)
+        mask = masked(seed, 12, 20)
+        for size, act_order in ((-1, "none"), (8, "static")):
+            method = replace(PLAIN, symmetric=symmetric, group_size=size, act_order=act_order)
+            packed = packed_of(method(weight, LayerStats(1000, hessian, mask=mask), torch.float32))
+            scale, low, high = grids_of(packed)
+
+            def rounder(
+                i: int, w: Tensor, scale: Tensor = scale, low: Tensor = low, high: Tensor = high, mask: Tensor = mask
+            ) -> Tensor:
+                return divided(w[:, i], scale[:, i]).clamp(low[:, i], high[:, i]) * scale[:, i] * mask[:, i]
+
+            order = list(range(20))
+            if act_order != "none":
+                order.sort(key=lambda i: -float(hessian[i, i]))
+            q = reference(weight, damped(hessian, method.damp_percent), order, rounder)
+            nearest = to_nearest(weight, packed) * mask
+            worse = quadratic(weight - nearest, hessian) < quadratic(weight - q, hessian)
+            wanted = torch.where(worse[:, None], nearest, q)
+            torch.testing.assert_close(packed.dequantize().double(), wanted, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("act_order", ORDERS)
+def test_scales_ignore_pruned_weights(act_order: str) -> None:
+    weight, hessian = problem(3)
+    mask = masked(3, 12, 24)
+    method = replace(PLAIN, act_order=act_order, group_size=24)
+    huge = torch.where(mask, weight, 50.0)
+    scales = [
+        packed_of(method(w, LayerStats(1, hessian, mask=mask), torch.float32)).scales
+        for w in (huge, torch.where(mask, weight, 0))
+    ]
+    assert torch.equal(*scales)
+
+
+@pytest.mark.parametrize("act_order", ORDERS)
+def test_a_mask_that_keeps_everything(act_order: str) -> None:
+    weight, hessian = problem(4)
+    method = GPTQ(3, 8, act_order=act_order)  # type: ignore[arg-type]
+    mask = torch.ones(12, 24, dtype=torch.bool)
+    one = packed_of(method(weight, LayerStats(1, hessian, mask=mask), BF16))
+    two = packed_of(method(weight, LayerStats(1, hessian), BF16))
+    assert torch.equal(one.codes, two.codes)
+    assert torch.equal(one.scales, two.scales)
+
+
+@given(count=st.integers(1, 60), block_size=st.integers(1, 70), size=st.integers(1, 70), other=st.integers(1, 70))
+@settings(deadline=None, max_examples=100)
+def test_blocks_hold_groups_of_two_kinds(count: int, block_size: int, size: int, other: int) -> None:
+    """Scale groups and mask blocks: whichever begins inside a block ends inside it."""
+    labels = [group_index(count, size).tolist(), group_index(count, other).tolist()]
+    cut = list(loops.blocks(count, block_size, *labels))
+    assert [start for start, _ in cut] == [0, *(stop for _, stop in cut[:-1])]
+    assert cut[-1][1] == count
+    for start, stop in cut:
+        assert 0 < stop - start <= block_size
+        for group_of in labels:
+            for i in range(start + 1, stop):
+                if group_of[i - 1] != group_of[i]:
+                    assert i + group_of.count(group_of[i]) <= stop

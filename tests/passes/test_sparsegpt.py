@@ -19,7 +19,8 @@ from compress.masks import Choice, Pattern
 from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse
 from compress.packed.uniform import UniformGrid
-from compress.passes.gptq import GPTQ, factorise
+from compress.hessian import factorise
+from compress.passes.gptq import GPTQ
 from compress.passes.rtn import RTN
 from compress.passes.sparsegpt import SparseGPT
 from compress.types import LayerStats, Needs, Solved, Storage, tensor_bytes_of
@@ -88,10 +89,15 @@ def as_published(
 @pytest.mark.parametrize("block", [16, 48])
 @pytest.mark.parametrize("sparsity", [0.25, 0.5, 0.9])
 def test_equals_the_published_algorithm(sparsity: float, block: int) -> None:
+    total = round(sparsity * 12 * 48)
+
+    def evenly(start: int, stop: int) -> int:
+        return round(total * stop / 48) - round(total * start / 48)
+
     for seed in range(4):
         weight, hessian = problem(seed)
         packed = sparse_of(solve(replace(PLAIN, sparsity=sparsity, mask_block_size=block), weight, hessian))
-        wanted, mask = as_published(weight, hessian, block, lambda a, b: round(sparsity * 12 * (b - a)))
+        wanted, mask = as_published(weight, hessian, block, evenly)
         assert torch.equal(packed.mask, mask)
         torch.testing.assert_close(packed.dequantize().double(), wanted, rtol=1e-3, atol=1e-5)
 
@@ -145,7 +151,7 @@ PATTERNS = ["2:4", "4:8", "1:4", "3:4", "1:2", "5:6", "7:12"]
 @given(
     seed=st.integers(0, 10**6),
     rows=st.integers(1, 9),
-    groups=st.integers(1, 5),
+    groups=st.integers(1, 3),
     what=st.one_of(st.sampled_from(PATTERNS), st.floats(0, 0.95)),
     method=st.sampled_from(METHODS),
     bits=st.sampled_from([None, 2, 4]),
@@ -160,22 +166,21 @@ def test_exact_counts(
     block: int, even: bool,
 ) -> None:  # fmt: skip
     """Whatever the weights: as many zeros as promised, where promised, in as many bytes as promised."""
-    weight, hessian = problem(seed, rows, 12 * groups)
+    weight, hessian = problem(seed, rows, 24 * groups)
     if ties:
         weight = weight.sign() * 0.5
         weight[:, ::3] = 0
     chosen: dict[str, Any] = {"pattern": what} if isinstance(what, str) else {"sparsity": what}
     setting = SparseGPT(
         **chosen, method=method, bits=bits, act_order=order, mask_block_size=block, even_blocks=even  # type: ignore[arg-type]
-    ).settle([12 * groups])  # fmt: skip
+    ).settle([24 * groups])  # fmt: skip
     given_ = hessian if setting.needs.hessian else None
     solved = solve(setting, weight, given_, BF16)
     packed = sparse_of(solved)
-    columns_ = 12 * groups
+    columns_ = 24 * groups
     if isinstance(what, str):
         zeros, of = (int(x) for x in what.split(":"))
-        if columns_ % of == 0:
-            assert bool(((~packed.mask).reshape(rows, -1, of).sum(-1) == zeros).all())
+        assert bool(((~packed.mask).reshape(rows, -1, of).sum(-1) == zeros).all())
     elif method == "wanda":
         assert bool(((~packed.mask).sum(1) == round(what * columns_)).all())
     else:
@@ -352,8 +357,8 @@ def test_rows_are_independent(setting: SparseGPT) -> None:
 
 
 @pytest.mark.parametrize("setting", [
-    SparseGPT(), SparseGPT(pattern="2:4"), SparseGPT(bits=3, group_size=16), SparseGPT(pattern="2:4", bits=4, group_size=-1),
-    SparseGPT(method="wanda"), SparseGPT(method="magnitude", bits=4, group_size=16),
+    SparseGPT(), SparseGPT(pattern="2:4"), SparseGPT(bits=3, group_size=16), SparseGPT(method="wanda"),
+    SparseGPT(pattern="2:4", bits=4, group_size=-1), SparseGPT(method="magnitude", bits=4, group_size=16),
 ])  # fmt: skip
 @pytest.mark.parametrize("rows", [1, 12])
 def test_inputs_stay_as_they_are_and_answers_repeat(setting: SparseGPT, rows: int) -> None:

@@ -1,0 +1,123 @@
+"""What the second-order passes share: the damped Hessian and its factor, the order of the visit, losses, scale refit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from compress import grid
+from compress.errors import CompressError
+from compress.grid import Grid
+from compress.masks import Choice
+from compress.packed.uniform import group_index
+
+#: each failed Cholesky multiplies the damp by this; it ends far above any Hessian's own diagonal
+_DAMP_STEP = 10.0
+_DAMP_LIMIT = 1e4
+
+
+def factorise(hessian: Tensor, dead: Tensor, damp_percent: float) -> tuple[Tensor, Tensor, list[str]]:
+    """Damp H and take the upper factor U of its inverse, H^-1 = U^T U.
+
+    The inverse is never formed: with J the reversal of order and J H J = L L^T, U = J L^-1 J. When Cholesky fails the
+    damp is multiplied by ten, and every step is noted. Columns in `dead` hold nothing but the damp.
+
+    Returns:
+        damped H [in, in], U [in, in], notes.
+
+    Raises:
+        CompressError: H is not finite.
+    """
+    if not bool(torch.isfinite(hessian).all()):
+        raise CompressError(
+            "the Hessian holds NaN or infinity", remedy="the activations overflowed: use --dtype float32"
+        )
+    damped = hessian.clone()
+    damped.diagonal()[dead] = 0.0
+    mean = float(hessian.diagonal().mean())
+    mean = mean if mean > 0 else 1.0
+    percent = damp_percent
+    notes: list[str] = []
+    while True:
+        trial = damped.clone()
+        trial.diagonal().add_(percent * mean)
+        lower, info = torch.linalg.cholesky_ex(trial.flip(0, 1))
+        if int(info) == 0:
+            eye = torch.eye(len(trial), dtype=trial.dtype, device=trial.device)
+            inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+            if bool(torch.isfinite(inverse).all()):
+                return trial, inverse.flip(0, 1).contiguous(), notes
+        raised = max(percent * _DAMP_STEP, 1e-6)
+        if raised > _DAMP_LIMIT:
+            raise CompressError(f"no damp up to {_DAMP_LIMIT:g} makes the Hessian positive definite")
+        notes.append(f"Cholesky failed at damp {percent:g}: raised to {raised:g}")
+        percent = raised
+
+
+def visiting_order(diagonal: Tensor, by_size: bool, choice: Choice | None = None) -> Tensor:
+    """int64 [in]: the columns in natural order or by falling H_ii; for N:M runs of M stay together, by their sum."""
+    if not by_size:
+        return torch.arange(len(diagonal), device=diagonal.device)
+    run = choice.length if choice is not None and choice.pattern.m else 1
+    heads = torch.argsort(diagonal.reshape(-1, run).sum(1), descending=True, stable=True)
+    return (heads[:, None] * run + torch.arange(run, device=diagonal.device)).flatten()
+
+
+def runs(groups: list[int], start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """Stretches [first, last) of one group within the columns start..stop-1."""
+    first = start
+    for i in range(start + 1, stop + 1):
+        if i == stop or groups[i] != groups[first]:
+            yield first, i
+            first = i
+
+
+def unvisit(levels: Tensor, visit: Tensor) -> Tensor:
+    """[in, out] in visiting order -> [out, in] in natural order."""
+    natural = torch.empty_like(levels)
+    natural[visit] = levels
+    return natural.t().contiguous()
+
+
+def segment_sum(x: Tensor, size: int) -> Tensor:
+    """Sum over the columns of each group: [..., in] -> [..., groups]; the last group may be ragged."""
+    columns = x.shape[-1]
+    size = columns if size == -1 else size
+    groups = -(-columns // size)
+    padded = torch.nn.functional.pad(x, (0, groups * size - columns))
+    return padded.reshape(*x.shape[:-1], groups, size).sum(-1)
+
+
+def refit_scales(k: Tensor, target: Tensor, damped: Tensor, grids: Grid, size: int) -> Grid:
+    """The group scales that minimise each row's loss for fixed levels k: a [groups, groups] solve a row.
+
+    With q = sum_g s_g k_g the loss is quadratic in s; from the present scales the best step d solves A d = b,
+    A_gh = k_g H k_h^T, b_g = (w - q) H k_g^T. A scale that would leave 0.4 to 2.5 times its old value is kept (its
+    group is nearly unused), then all are rounded to storage. A row that this makes no better keeps its old scales.
+    """
+    columns = k.shape[1]
+    size = columns if size == -1 else size
+    groups = -(-columns // size)
+    error = target - k * grids.scale[:, group_index(columns, size, k.device)]
+    b = segment_sum((error @ damped) * k, size)  # [out, groups]
+    a = torch.empty(len(k), groups, groups, device=k.device)
+    for g in range(groups):
+        mine = slice(g * size, min((g + 1) * size, columns))
+        a[:, g] = segment_sum((k[:, mine] @ damped[mine]) * k, size)
+    diagonal = a.diagonal(dim1=1, dim2=2)
+    diagonal += 1e-5 * diagonal.mean(1, keepdim=True)
+    step, info = torch.linalg.solve_ex(a, b)
+    ratio = 1 + step / grids.scale
+    sane = (ratio > 0.4) & (ratio < 2.5) & (info == 0)[:, None]
+    scale = torch.where(sane, grid.round_scale(grids.scale + step, grids.dtype), grids.scale)
+    step = scale - grids.scale
+    gain = (step * (2 * b - (a @ step[..., None])[..., 0])).sum(1)
+    scale = torch.where((gain > 0)[:, None], scale, grids.scale)
+    return Grid(scale, grids.zero, grids.bits, grids.dtype)
+
+
+def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
+    """float32 [out]: e H e^T for each row e."""
+    return ((error @ hessian) * error).sum(1)
