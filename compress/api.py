@@ -24,8 +24,8 @@ from compress.journal import check_output
 from compress.options import Options
 from compress.pipeline import compress_checkpoint, default_dtype, open_dense
 from compress.plan import check_room
-from compress.skeleton import load_config, quiet_transformers
 from compress.recipe import Recipe
+from compress.skeleton import load_config, quiet_transformers
 from compress.types import Pass, Transform
 
 BUNDLED = "bundled"

@@ -1,4 +1,4 @@
-"""What the second-order passes share: the damped Hessian and its factor, the order of the visit, losses, scale refit."""
+"""What the second-order passes share: damped Hessian and factor, the order of the visit, losses, scale refit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The forward of layers whose input is quantised as it comes: what their packed weights compute, not their dense ones."""
+"""The forward of layers whose input is quantised as it comes: what packed weights compute, not dense ones."""
 
 from __future__ import annotations
 

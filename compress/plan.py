@@ -45,8 +45,8 @@ class Plan:
         skipped: matrices that stay dense.
         total_weights: all parameters of the checkpoint.
         packed_weights: parameters that will be compressed.
-        bytes_before, bytes_after: weight bytes on disk (after: computed from the format, an estimate for kinds whose size
-            depends on the weights).
+        bytes_before, bytes_after: weight bytes on disk (after: computed from the format, an estimate for kinds whose
+            size depends on the weights).
         bits_per_weight: stored bits for each compressed parameter.
         device_bytes: estimate of the peak on the device.
     """

@@ -25,7 +25,7 @@ def slow(w: Tensor, hessian: Tensor, scale: float, half: int) -> Tensor:
     levels = torch.zeros(len(w))
     while free:
         inverse = torch.linalg.inv(hessian[free][:, free])
-        k = torch.round((w[free].float() / scale)).clamp(-half, half - 1)
+        k = torch.round(w[free].float() / scale).clamp(-half, half - 1)
         error = (k * scale).double() - w[free]
         pick = int((error.square() / inverse.diagonal()).argmin())
         levels[free[pick]] = k[pick]

@@ -1,9 +1,9 @@
 """compressed-tensors, formats "pack-quantized" and "int-quantized": what transformers, vLLM and SGLang load.
 
-Weight-only layers are pack-quantized. For each linear layer P: P.weight_packed int32 [out, ceil(in * bits / 32)] of codes, P.weight_scale [out, groups] in
-the model's dtype, P.weight_shape int64 [2]; asymmetric also P.weight_zero_point int32 [ceil(out * bits / 32), groups],
-packed down the columns. Layers whose input is quantised too (W8A8) are int-quantized: P.weight int8 [out, in] of codes
-less 128, P.weight_scale [out, 1]. Facts that shape this file:
+Weight-only layers are pack-quantized. For each linear layer P: P.weight_packed int32 [out, ceil(in * bits / 32)] of
+codes, P.weight_scale [out, groups] in the model's dtype, P.weight_shape int64 [2]; asymmetric also P.weight_zero_point
+int32 [ceil(out * bits / 32), groups], packed down the columns. Layers whose input is quantised too (W8A8) are
+int-quantized: P.weight int8 [out, in] of codes less 128, P.weight_scale [out, 1]. Facts that shape this file:
 - quantization_status must be "compressed": with any other value transformers keeps random weights without an error;
 - asymmetric files need "dequantize": true (compressed-tensors 0.18 to 0.20 mis-shape the zero point otherwise);
 - no act-order keys and no g_idx: current readers refuse them, so groups are stored in natural column order;
@@ -63,7 +63,7 @@ class CompressedTensors:
             return "a Conv1D weight, kept as [in, out], does not fit compressed-tensors: use --format gptq"
         if layer.expert and not storage.symmetric:
             return "transformers cannot load asymmetric experts from compressed-tensors: use --symmetric"
-        if storage.group_size != -1 and layer.in_features % storage.group_size:
+        if storage.group_size > 0 and layer.in_features % storage.group_size:
             return (
                 f"group size {storage.group_size} does not divide in_features {layer.in_features}: "
                 f"{divisors_hint(layer.in_features, storage.group_size)}"

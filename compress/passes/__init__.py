@@ -25,22 +25,22 @@ class Entry(NamedTuple):
 
 
 PASSES: dict[str, Entry] = {
-    "gptq": Entry("compress.passes.gptq", "GPTQ", "GPTQ: second-order rounding on calibration data (2 to 8 bits)"),
-    "rtn": Entry("compress.passes.rtn", "RTN", "round to nearest, no calibration (2 to 8 bits)"),
-    "absmax": Entry("compress.passes.absmax", "Absmax", "8-bit weights, and 8-bit activations if asked (W8A16, W8A8)"),
-    "int8": Entry("compress.passes.int8", "Int8", "LLM.int8(): outlier features in 16 bits, the rest vector-wise int8"),
+    "gptq": Entry("compress.passes.gptq", "GPTQ", "GPTQ: second-order rounding on calibration data"),
+    "rtn": Entry("compress.passes.rtn", "RTN", "RTN: round to nearest, no calibration"),
+    "absmax": Entry("compress.passes.absmax", "Absmax", "int8 by absmax or zeropoint: W8A16 and W8A8"),
+    "int8": Entry("compress.passes.int8", "Int8", "LLM.int8(): outlier features in 16 bits, the rest int8"),
     "sparsegpt": Entry(
-        "compress.passes.sparsegpt", "SparseGPT", "SparseGPT: prune to a share or N:M, and quantise along"
+        "compress.passes.sparsegpt", "SparseGPT", "SparseGPT: prune, any share or N:M, and quantise along"
     ),
-    "spqr": Entry("compress.passes.spqr", "SpQR", "SpQR: small groups, two-level statistics, sparse 16-bit outliers"),
-    "nf4": Entry("compress.passes.nf4", "NF4", "NormalFloat4 in blocks (QLoRA), statistics quantised too if asked"),
-    "fp4": Entry("compress.passes.fp4", "FP4", "4-bit floats in blocks: E2M1, E1M2, E3M0"),
-    "kmeans": Entry("compress.passes.kmeans", "KMeans", "code books by k-means, weighted by the Hessian's diagonal"),
-    "equalize": Entry("compress.passes.equalize", "Equalize", "data-free cross-layer equalisation, then rounding"),
+    "spqr": Entry("compress.passes.spqr", "SpQR", "SpQR: small groups and sparse 16-bit outliers"),
+    "nf4": Entry("compress.passes.nf4", "NF4", "NF4: NormalFloat4 in blocks (QLoRA), no calibration"),
+    "fp4": Entry("compress.passes.fp4", "FP4", "FP4: 4-bit floats in blocks, no calibration"),
+    "kmeans": Entry("compress.passes.kmeans", "KMeans", "k-means: a code book a row or group"),
+    "equalize": Entry("compress.passes.equalize", "Equalize", "cross-layer equalisation without data, then rounding"),
     "smoothquant": Entry(
-        "compress.passes.smoothquant", "SmoothQuant", "SmoothQuant: activation outliers into weights, W8A8"
+        "compress.passes.smoothquant", "SmoothQuant", "SmoothQuant: activation outliers into the weights"
     ),
-    "awq": Entry("compress.passes.awq", "AWQ", "AWQ: protect the weights that large activations meet, then round"),
+    "awq": Entry("compress.passes.awq", "AWQ", "AWQ: rescale what large activations meet, then round"),
 }
 
 

@@ -66,7 +66,16 @@ class RTN:
         return Storage(UniformGrid.kind, self.bits, self._stored_size, self.symmetric)
 
     def words(self, layers: Sequence[Mapping[str, Any]]) -> list[str]:
-        return []
+        """One line: the grid, and the mean relative error of the weights."""
+        error = sum(r["relative_error"] for r in layers) / len(layers)
+        size = {0: "a scale a tensor", -1: "a scale a row", None: "a scale a row"}.get(
+            self.group_size, f"groups of {self.group_size}"
+        )
+        kind = "symmetric" if self.symmetric else "asymmetric"
+        return [
+            f"round to nearest, {self.bits} bits, {size}, {kind}: the weights are off by {100 * error:.3g}% of their "
+            "energy on average"
+        ]
 
     def __call__(self, weight: Tensor, stats: LayerStats, scale_dtype: torch.dtype) -> Solved:
         """Round one matrix [out, in]; `stats` is not used."""

@@ -32,11 +32,11 @@ from torch import Tensor
 
 from compress import columns, grid, masks
 from compress.errors import CompressError
+from compress.hessian import factorise, row_losses, unvisit, visiting_order
 from compress.masks import Choice, Pattern
 from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse, storage_around
 from compress.packed.uniform import UniformGrid, group_index
-from compress.hessian import factorise, row_losses, unvisit, visiting_order
 from compress.passes.gptq import GPTQ
 from compress.types import LayerStats, Needs, Solved, Storage
 

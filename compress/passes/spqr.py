@@ -37,11 +37,11 @@ from torch import Tensor
 
 from compress import spqr_sweep
 from compress.errors import CompressError
+from compress.hessian import factorise, row_losses, unvisit
 from compress.packed import bilevel, outliers
 from compress.packed.bilevel import PLAIN, BiLevel, Statistic
 from compress.packed.outliers import Outliers
 from compress.packed.uniform import group_index
-from compress.hessian import factorise, row_losses, unvisit
 from compress.spqr_sweep import Grids, Solution
 from compress.types import LayerStats, Needs, Packed, Solved, Storage, bits_per_weight
 

@@ -78,11 +78,11 @@ TABLES = {
     ],
     "W8A8, a scale a token (llm-compressor)": [
         oneshot("round to nearest", "absmax activations=token", [RTN8], calibrated=False),
-        oneshot("GPTQ; ours round to nearest", "absmax activations=token", [GPTQ8]),
+        oneshot("GPTQ", "gptq bits=8 activations=token", [GPTQ8]),
         oneshot("SmoothQuant 0.5", "smoothquant", [("SmoothQuantModifier", {"smoothing_strength": 0.5}), RTN8]),
         oneshot(
-            "SmoothQuant 0.8 + GPTQ, their documented recipe; ours SmoothQuant 0.5",
-            "smoothquant",
+            "SmoothQuant 0.8 + GPTQ, their documented recipe",
+            "smoothquant alpha=0.8 then='gptq bits=8 activations=token'",
             [("SmoothQuantModifier", {"smoothing_strength": 0.8}), GPTQ8],
         ),
     ],

@@ -13,6 +13,7 @@ import argparse
 import json
 import platform
 import shutil
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -42,17 +43,54 @@ def main() -> None:
     parser.add_argument("--window", type=int)
     parser.add_argument("--tokens", type=int, help="evaluate on the first tokens of EVAL only")
     parser.add_argument("--only", default="", help="tables whose title holds this text")
+    parser.add_argument(
+        "--jobs", type=int, default=1, help="processes at once; the seconds of rows are then no measure"
+    )
+    parser.add_argument("--share", default="0/1", help=argparse.SUPPRESS)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
+    if args.jobs > 1:
+        together(args)
+        return
+    work(args)
+
+
+def together(args: argparse.Namespace) -> None:
+    """Share the rows among processes, then join what they found."""
+    given = [a for a in sys.argv[1:] if a not in ("--jobs", str(args.jobs))]
+    commands = []
+    for i in range(args.jobs):
+        mine = args.out / f"share-{i}"
+        mine.mkdir(exist_ok=True)
+        if (args.out / "results.json").exists():
+            shutil.copyfile(args.out / "results.json", mine / "results.json")
+        commands.append([str(mine) if a == str(args.out) else a for a in given] + ["--share", f"{i}/{args.jobs}"])
+    running = [subprocess.Popen([sys.executable, __file__, *c]) for c in commands]
+    codes = [p.wait() for p in running]
+    results = {}
+    for i in range(args.jobs):
+        file = args.out / f"share-{i}" / "results.json"
+        results |= json.loads(file.read_text()) if file.exists() else {}
+    (args.out / "results.json").write_text(json.dumps(results, indent=2) + "\n")
+    (args.out / "tables.md").write_text("\n".join(report(args, results)) + "\n")
+    sys.exit(max(codes))
+
+
+def work(args: argparse.Namespace) -> None:
+    """Make the rows of one share, one after the other."""
+    share, shares = map(int, args.share.split("/"))
     source = find_model(args.model)
     tokens = evaluation(load_tokenizer(source), args.eval).tokens[: args.tokens]
     file = args.out / "results.json"
     results: dict[str, Any] = json.loads(file.read_text()) if file.exists() else {}
+    keys = list(dict.fromkeys(" | ".join(steps) for table in TABLES for steps in table.rows.values()))
     for table in TABLES:
         if args.only not in table.title:
             continue
         for name, steps in table.rows.items():
             key = " | ".join(steps)
+            if key not in results and keys.index(key) % shares != share:
+                continue
             if key not in results:
                 results[key] = one(args, source, name, steps, tokens)
                 file.write_text(json.dumps(results, indent=2) + "\n")
@@ -109,7 +147,8 @@ def report(args: argparse.Namespace, results: dict[str, Any]) -> list[str]:
     good = next((r for r in results.values() if "error" not in r), None)
     lines = [
         f"One {device}; compress {compress.__version__}, torch {torch.__version__}, transformers "
-        f"{transformers.__version__}, Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}.",
+        f"{transformers.__version__}, Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}."
+        + (f" {args.jobs} rows were made at once, so their seconds are no measure of speed." if args.jobs > 1 else ""),
     ]
     if good is not None:
         lines[0] += f" Dense perplexity {good['dense']:.4f} ({good['windows']} windows of {good['window']} tokens)."

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from compress import columns, masks
 from compress.errors import CompressError
+from compress.hessian import factorise
 from compress.masks import Choice, Pattern
 from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse
 from compress.packed.uniform import UniformGrid
-from compress.hessian import factorise
 from compress.passes.gptq import GPTQ
 from compress.passes.rtn import RTN
 from compress.passes.sparsegpt import SparseGPT
