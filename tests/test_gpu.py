@@ -18,6 +18,15 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here"),
 ]
 
+METHODS = [
+    "rtn bits=3 group_size=32 symmetric=false scale_search=true", "rtn bits=8 group_size=0", "absmax activations=token",
+    "absmax weights=tensor activations=tensor zeropoint=true", "int8 threshold=5", "int8 threshold=5 zeropoint=true",
+    "gptq bits=3 group_size=32", "gptq bits=4 group_size=32 reference=obq", "gptq bits=8 activations=token",
+    "sparsegpt sparsity=0.5", "sparsegpt pattern=2:4", "sparsegpt pattern=4:8 bits=4 group_size=32",
+    "sparsegpt pattern=2:4 method=wanda", "spqr group_size=16", "spqr bits=3 group_size=32 average_bits=4.2", "nf4",
+    "nf4 double_quant=true", "fp4 variant=e3m0", "kmeans bits=3", "kmeans bits=4 group_size=32 weighted=false",
+]  # fmt: skip
+
 
 def problem(columns_: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(seed)
@@ -78,3 +87,26 @@ def test_bundled_run_is_repeatable(method: compress.GPTQ, tmp_path: Path) -> Non
         assert result.score.perplexity < 1.12 * result.original.perplexity
         files.append({p.name: p.read_bytes() for p in folder.iterdir() if p.name != "report.json"})
     assert files[0] == files[1]
+
+
+@pytest.mark.parametrize("line", METHODS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_every_method_on_the_gpu(line: str, dtype: torch.dtype) -> None:
+    """On the GPU as on the CPU: the same loss, tensors that stay there, and the same product."""
+    from compress.recipe import Recipe, parse
+    from compress.types import LayerStats, moved
+
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(400, 128, generator=g) @ (torch.randn(128, 128, generator=g) * 0.1 + torch.eye(128))
+    weight = torch.randn(96, 128, generator=g).to(dtype)
+    given = [x.T @ x / 400, x.abs().amax(0), x.abs().mean(0), x.mean(0), (x.abs() >= 2).float().mean(0)]
+    (method,) = (p.settle([128]) for p in Recipe.of(parse(line)).passes)
+    here = method(weight, LayerStats(400, *given), dtype)
+    there = method(weight.cuda(), LayerStats(400, *(t.cuda() for t in given)), dtype)
+    assert all(t.is_cuda for t in there.packed.tensors().values())
+    assert float(there.row_loss.sum()) == pytest.approx(float(here.row_loss.sum()), rel=0.02)
+    back = moved(there.packed, torch.device("cpu"))
+    assert torch.equal(back.dequantize(), there.packed.dequantize().cpu())
+    assert torch.equal(torch.cat([back.rows(0, 48).dequantize(), back.rows(48, 96).dequantize()]), back.dequantize())
+    inputs = torch.randn(40, 128, generator=g)
+    assert torch.allclose(there.packed.linear(inputs.cuda()).cpu(), back.linear(inputs), rtol=1e-3, atol=1e-2)
