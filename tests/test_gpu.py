@@ -107,6 +107,8 @@ def test_every_method_on_the_gpu(line: str, dtype: torch.dtype) -> None:
     assert float(there.row_loss.sum()) == pytest.approx(float(here.row_loss.sum()), rel=0.02)
     back = moved(there.packed, torch.device("cpu"))
     assert torch.equal(back.dequantize(), there.packed.dequantize().cpu())
-    assert torch.equal(torch.cat([back.rows(0, 48).dequantize(), back.rows(48, 96).dequantize()]), back.dequantize())
+    if method.row_unit and 48 % method.row_unit == 0:
+        halves = [back.rows(0, 48).dequantize(), back.rows(48, 96).dequantize()]
+        assert torch.equal(torch.cat(halves), back.dequantize())
     inputs = torch.randn(40, 128, generator=g)
     assert torch.allclose(there.packed.linear(inputs.cuda()).cpu(), back.linear(inputs), rtol=1e-3, atol=1e-2)
