@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
 import shutil
 import subprocess
@@ -65,7 +66,9 @@ def together(args: argparse.Namespace) -> None:
         if (args.out / "results.json").exists():
             shutil.copyfile(args.out / "results.json", mine / "results.json")
         commands.append([str(mine) if a == str(args.out) else a for a in given] + ["--share", f"{i}/{args.jobs}"])
-    running = [subprocess.Popen([sys.executable, __file__, *c]) for c in commands]
+    threads = str(max(1, (os.cpu_count() or 1) // (2 * args.jobs)))  # their idle threads would spin against each other
+    env = {**os.environ, "OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
+    running = [subprocess.Popen([sys.executable, __file__, *c], env=env) for c in commands]
     codes = [p.wait() for p in running]
     results = {}
     for i in range(args.jobs):

@@ -21,7 +21,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from compress import GPTQ, RTN, CompressError
+from compress import GPTQ, RTN, CompressError, method
+from compress.checkpoint import Checkpoint
+from compress.linear import install
+from compress.recipe import make_recipe
+from compress.weights import Weights
 
 CLIENT = f"transformers {version('transformers')}, compressed-tensors {version('compressed-tensors')}"
 TOKENS = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(1))
@@ -166,3 +170,66 @@ def test_asymmetric_experts_are_refused(source: Any, compressed: Any) -> None:
     """transformers hands no zero points to experts: "Asymmetric quant requires zero-point values"."""
     with pytest.raises(CompressError, match="asymmetric experts"):
         compressed(source(EXPERTS["mixtral"], torch.bfloat16), RTN(group_size=32, symmetric=False))
+
+
+W8A8 = {
+    "absmax": method("absmax", activations="token"),
+    "GPTQ": GPTQ(bits=8, activations="token"),
+    "SmoothQuant": method("smoothquant"),
+}
+
+
+def rounded_inputs(x: Tensor, half: float) -> Tensor:
+    """8-bit inputs, a symmetric scale a token: its largest magnitude / half."""
+    scale = x.abs().amax(-1, keepdim=True) / half
+    return (x / scale).round().clamp(-128, 127) * scale
+
+
+@pytest.mark.parametrize("label", W8A8)
+def test_w8a8(label: str, source: Any, compressed: Any, answer: Any) -> None:
+    """The weights are ours to the bit. Inputs: compressed-tensors divides a token's largest value by 127.5; LLM.int8(),
+    vLLM's kernels and we by 127. The two roundings differ from each other as much as from no rounding at all."""
+    packed = compressed(source(LLAMA, torch.float32), W8A8[label])
+    stored = load_file(packed / "model.safetensors")
+    assert stored["model.layers.0.mlp.up_proj.weight"].dtype == torch.int8
+    weights = Weights(Checkpoint.open(packed))
+    dense = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in weights.packed}
+    dense |= {f"{n}.weight": weights.read(f"{n}.weight") for n in weights.packed}
+    model = AutoModelForCausalLM.from_config(LLAMA).eval()
+    model.load_state_dict(dense)
+
+    def with_inputs(half: float) -> Tensor:
+        hooks = [
+            model.get_submodule(n).register_forward_pre_hook(lambda m, args: (rounded_inputs(args[0], half),))
+            for n in weights.packed
+        ]
+        with torch.no_grad():
+            out = model(TOKENS).logits
+        for hook in hooks:
+            hook.remove()
+        return out
+
+    as_client, as_we = with_inputs(127.5), with_inputs(127.0)
+    for n in weights.packed:
+        install(model.get_submodule(n), weights.read_packed(n))
+    with torch.no_grad():
+        ours = model(TOKENS).logits
+    near = ((ours - as_we).abs().amax(-1) < 1e-4).float().mean()  # a tie that falls the other way moves its token
+    assert float(near) > 0.8, "integer products are not what rounded floats give"
+    far, _ = answer(CLIENT, f"llama float32, W8A8, {label}", as_client, logits(packed, torch.float32))
+    assert far < 1e-4
+    answer(CLIENT, f"llama float32, W8A8, {label}, inputs / 127 as we evaluate", ours, logits(packed, torch.float32))
+
+
+def test_rescaled_norms(source: Any, compressed: Any, dense_twin: Any, answer: Any) -> None:
+    """AWQ changes norms, which are stored dense beside the packed layers."""
+    packed = compressed(source(LLAMA, torch.bfloat16), method("awq", group_size=32))
+    ours, theirs = (logits(f, torch.bfloat16) for f in (dense_twin(packed, torch.bfloat16), packed))
+    assert answer(CLIENT, "llama bfloat16, AWQ, 4 bits, group 32, asymmetric", ours, theirs)[0] == 0.0
+
+
+def test_mixed_bits(source: Any, compressed: Any, dense_twin: Any, answer: Any) -> None:
+    steps = [{"gptq": {"bits": 8, "layers": "*.down_proj"}}, {"rtn": {"bits": 3, "blocks": "0"}}, "gptq bits=4"]
+    packed = compressed(source(LLAMA, torch.bfloat16), make_recipe({"steps": steps}, "mixed", "mixed"))
+    ours, theirs = (logits(f, torch.bfloat16) for f in (dense_twin(packed, torch.bfloat16), packed))
+    assert answer(CLIENT, "llama bfloat16, 3, 4 and 8 bits in one file", ours, theirs)[0] == 0.0
