@@ -32,7 +32,7 @@ from compress import columns, grid, obq
 from compress.columns import blocks
 from compress.errors import CompressError
 from compress.grid import Grid
-from compress.hessian import factorise, refit_scales, row_losses, runs, unvisit, visiting_order
+from compress.hessian import factorise, refit_kept, refit_scales, row_losses, runs, unvisit, visiting_order
 from compress.masks import Choice, Growing, expected
 from compress.packed.uniform import UniformGrid, group_index
 from compress.types import LayerStats, Needs, Solved, Storage
@@ -170,20 +170,13 @@ class GPTQ:
 
         importance = hessian.diagonal().clamp(min=1e-6 * float(damped.diagonal().mean()))
         fitted = given if choice is None else expected(target, factor.diagonal()[back], choice.pattern, given)
-        seen = target if fitted is None else target * fitted  # a weight of 0 costs the fit of its group nothing
-        grids = grid.fit(seen, self.bits, size, self.symmetric, scale_dtype, self.scale_search, importance)
         groups = group_index(target.shape[1], size, target.device)
-        if self.reference == "obq":
-            scale, low, high = (x[:, groups] for x in (grids.scale, grids.low, grids.high))
-            if given is not None:
-                low, high = low * given, high * given
-            k, kept = obq.sweep(target, damped, scale, low, high, grids.dtype), None
-        elif size != -1 and self.act_order != "static":
-            k, kept, grids = self._sweep_fresh(
-                target, factor, grids, groups.tolist(), importance, fitted, given, choice
-            )
-        else:
-            k, kept = self._sweep(target, factor, grids, groups, visit, given, choice)
+        problem = (factor, damped, importance, groups, visit)
+        k, kept, grids = self._swept(target, *problem, fitted, given, choice, scale_dtype)
+        if kept is not None and self.refit:  # what the mask leaves has an optimum of its own, which is easier to round
+            left = kept if given is None else given & kept
+            best = refit_kept(target * left, left, target, damped)
+            k, _, grids = self._swept(best, *problem, left, left, None, scale_dtype)
         alive = kept if given is None else given if kept is None else given & kept
         k, grids = self._polish(k, target, damped, grids, size, groups, visit, alive)
         k, worse = keep_better_rows(k, target, hessian, grids, groups, alive)
@@ -191,6 +184,23 @@ class GPTQ:
             notes.append(f"{worse} of {len(target)} rows kept their round-to-nearest codes: their loss was lower")
         last = back if self.act_order == "groups" else None
         return self._solved(k, grids, groups, target, hessian, last, tuple(notes)), kept
+
+    def _swept(
+        self, target: Tensor, factor: Tensor, damped: Tensor, importance: Tensor, groups: Tensor, visit: Tensor,
+        fitted: Tensor | None, given: Tensor | None, choice: Choice | None, dtype: torch.dtype,
+    ) -> tuple[Tensor, Tensor | None, Grid]:  # fmt: skip
+        """Grids fitted to the weights of `fitted`, then the loop that the settings name: levels, chosen mask, grids."""
+        size = -1 if self.group_size is None else self.group_size
+        seen = target if fitted is None else target * fitted  # a weight of 0 costs the fit of its group nothing
+        grids = grid.fit(seen, self.bits, size, self.symmetric, dtype, self.scale_search, importance)
+        if self.reference == "obq":
+            scale, low, high = (x[:, groups] for x in (grids.scale, grids.low, grids.high))
+            if given is not None:
+                low, high = low * given, high * given
+            return obq.sweep(target, damped, scale, low, high, grids.dtype), None, grids
+        if size != -1 and self.act_order != "static":
+            return self._sweep_fresh(target, factor, grids, groups.tolist(), importance, fitted, given, choice)
+        return *self._sweep(target, factor, grids, groups, visit, given, choice), grids
 
     def _sweep(
         self, target: Tensor, factor: Tensor, grids: Grid, groups: Tensor, visit: Tensor,

@@ -16,6 +16,7 @@ Where this differs from the published code:
   `even_blocks`: the code prunes the same share of every block;
 - N:M runs are visited by their falling sum of H_ii, unless act_order is none: the code knows natural order alone;
 - what kept weights lose when they are rounded to the stored dtype is compensated too;
+- the kept values are refitted by least squares on their mask, unless --no-refit (Meng et al.: "ALPS", NeurIPS 2024);
 - N:M: a row that loses to magnitude pruning at the same pattern takes that;
 - a column that calibration never saw is scored by the damp alone; the code sets its weights to zero;
 - with bits, everything that GPTQ here does beyond its paper.
@@ -32,7 +33,7 @@ from torch import Tensor
 
 from compress import columns, grid, masks
 from compress.errors import CompressError
-from compress.hessian import factorise, row_losses, unvisit, visiting_order
+from compress.hessian import factorise, refit_kept, row_losses, unvisit, visiting_order
 from compress.masks import Choice, Pattern
 from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse, storage_around
@@ -98,7 +99,8 @@ class SparseGPT:
         metadata={"help": "with --bits: search each group's scale under the error weighted by H's diagonal"},
     )
     refit: bool = field(
-        default=True, metadata={"help": "with --bits, sparsegpt: least-squares refit of the group scales to the codes"}
+        default=True,
+        metadata={"help": "sparsegpt: least-squares refit of the kept values, with --bits of the group scales"},
     )
     descent: int = field(
         default=1, metadata={"help": "with --bits, sparsegpt: sweeps of coordinate descent over the codes afterwards"}
@@ -205,14 +207,18 @@ class SparseGPT:
         hessian, choice = stats.hessian.float(), self._choice()
         dead = hessian.diagonal() <= 0
         visit = visiting_order(hessian.diagonal(), self._order() == "static", choice)
-        _, factor, notes = factorise(hessian[visit][:, visit], dead[visit], self.damp_percent)
+        damped, factor, notes = factorise(hessian[visit][:, visit], dead[visit], self.damp_percent)
         if dead.any():
             notes.append(f"{int(dead.sum())} of {len(dead)} input columns were never active: scored by the damp alone")
         given = None if stats.mask is None else stats.mask[:, visit].t().contiguous()
         w = target[:, visit].t().contiguous()
         moved, kept = columns.prune(w, factor, None, None, 0, dtype, self.block_size, choice, given)
-        values = unvisit(moved, visit).to(dtype) + 0  # pruned negative weights left a minus at their zero
-        return Sparse(unvisit(kept, visit), Dense(values), self.kept_pattern), notes
+        mask, values = unvisit(kept, visit), unvisit(moved, visit)
+        if self.refit:
+            back = torch.argsort(visit)
+            alive = mask if stats.mask is None else mask & stats.mask
+            values = refit_kept(values, alive, target, damped[back][:, back])
+        return Sparse(mask, Dense(values.to(dtype) + 0), self.kept_pattern), notes  # + 0: a pruned -w left -0
 
     def _by_score(self, target: Tensor, stats: LayerStats, dtype: torch.dtype) -> tuple[Sparse, list[str]]:
         """The mask by a score, and the kept weights as they are or rounded to nearest."""
