@@ -95,6 +95,7 @@ def make_job(model: str, method: Pass | Transform | Recipe, options: Options, dr
         include=options.include,
         exclude=options.exclude,
         blocks=options.blocks,
+        target=options.target,
         lm_head=options.lm_head,
         seed=options.seed,
         origin=name if Path(model).exists() else model,

@@ -32,6 +32,7 @@ class Job:
         device, dtype: where and in what precision blocks run; dtype None for the checkpoint's own.
         true_sequential: collect each layer's statistics after the layers before it in the block are compressed.
         include, exclude: patterns on layer names.
+        target: the client that must be able to load the result.
         blocks: the blocks to compress, "0-3,-1"; "" for all.
         lm_head: compress the output head too.
         seed: recorded; the rows were drawn with it.
@@ -50,6 +51,7 @@ class Job:
     include: Sequence[str] = ()
     exclude: Sequence[str] = ()
     blocks: str = ""
+    target: str | None = None
     lm_head: bool = False
     seed: int = 0
     origin: str = ""

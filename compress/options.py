@@ -21,6 +21,10 @@ class Options:
         "compressed-tensors, gptq (v1), gptq_v2 or native (our own, for what no client holds); default: "
         "compressed-tensors, or native where the result fits no other",
     )
+    target: str | None = _option(
+        None,
+        "the client that must load the result: transformers, vllm, sglang or gptqmodel; refused at once if it cannot",
+    )
     calib: str = _option(
         "pile",
         "calibration data: pile, c4, wikitext2, ptb, bundled, self (the model's own text), a .txt/.jsonl/.parquet "

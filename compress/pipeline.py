@@ -76,7 +76,9 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
     check_output(job.out, job.overwrite, job.source)
     with clock("load"):
         weights, model = open_model(job, job.out.with_name(job.out.name + ".unpickled"))
-    plan = planning.make_plan(model, job.recipe, FORMATS[job.format], job.include, job.exclude, job.blocks, job.lm_head)
+    plan = planning.make_plan(
+        model, job.recipe, FORMATS[job.format], job.include, job.exclude, job.blocks, job.lm_head, job.target
+    )
     planning.check_room(job.out, 2 * plan.bytes_after)
     if plan.needs and job.rows is None:
         raise CompressError(

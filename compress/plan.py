@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from compress import clients
 from compress.blocks import ROUTERS, BlockModel, Linear
 from compress.errors import CompressError
 from compress.formats.base import Format, Held
@@ -87,14 +88,18 @@ class Plan:
                 counts.append(sum(any(p is step.method for p in passes) for passes in self.choice.values()))
         return counts
 
-    def quantization_config(self) -> dict[str, Any]:
-        """What config.json will say. Raises CompressError for a mix of layers that the format cannot tell apart."""
+    def held(self) -> list[Held]:
+        """Every layer that will be stored packed."""
         linears = [linear for block in self.blocks for linear in block]
-        held = [
+        return [
             Held(x.name, x.param.removesuffix(".weight"), x.shape, self.storage(x), self.scale_dtype) for x in linears
         ]
+
+    def quantization_config(self) -> dict[str, Any]:
+        """What config.json will say. Raises CompressError for a mix of layers that the format cannot tell apart."""
         ignored = [s.module for s in self.skipped if s.module is not None]
-        return self.format.config(held, ignored, any(linear.own_forward for linear in linears))
+        own = any(linear.own_forward for block in self.blocks for linear in block)
+        return self.format.config(self.held(), ignored, own)
 
 
 def make_plan(
@@ -105,6 +110,7 @@ def make_plan(
     exclude: Sequence[str] = (),
     blocks: str = "",
     lm_head: bool = False,
+    target: str | None = None,
 ) -> Plan:
     """Choose layers, settle the passes, ask the format about each layer, add up sizes.
 
@@ -112,6 +118,7 @@ def make_plan(
         include, exclude: shell patterns on disk names of layers ("*.mlp.*"); include defaults to all.
         blocks: the blocks to compress ("0-3,-1"); all by default.
         lm_head: compress the output head too, as one more block behind the last.
+        target: the client that must be able to load the result (a name in clients.CLIENTS).
 
     Raises:
         CompressError: a pattern that matches nothing, a step that takes no layer, nothing left to compress, a layer the
@@ -188,6 +195,8 @@ def make_plan(
         _device_estimate(model, chosen, recipe.needs),
     )
     plan.quantization_config()  # refuses now what could not be written later
+    if target is not None:
+        clients.refuse(target, format.name, plan.held())
     return plan
 
 

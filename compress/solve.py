@@ -34,7 +34,7 @@ class Block:
         records: one a compressed layer.
         changed: sha256 of every other tensor that a transform changed, by name.
         notes: what the report must say of the block.
-        edges: how many edges transforms rescaled.
+        words: what transforms did.
         unbiased: layers whose bias was to be corrected and that have none.
     """
 
@@ -42,7 +42,7 @@ class Block:
     records: list[dict[str, Any]] = field(default_factory=list)
     changed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
-    edges: int = 0
+    words: list[str] = field(default_factory=list)
     unbiased: int = 0
 
 
@@ -107,6 +107,7 @@ def compress_block(
                 _store(model, plan, linear, part.stats, solved, start, stop, done)
                 _correct_bias(model, block, linear, part.stats, folds, done)
                 start = stop
+    done.notes = done.words + done.notes
     if done.unbiased:
         done.notes.append("bias correction: a layer without a bias has nothing to take it")
     return done
@@ -239,8 +240,8 @@ def _transform(
         for name, tensor in folded.changed.items():
             done.tensors[name] = tensor
             done.changed[name] = digest(tensor)
+        done.words.append(f"{step.name}: channels of {folded.edges} places in a block rescaled, its function unchanged")
         done.notes += [f"{step.name}: {note}" for note in folded.notes]
-        done.edges += folded.edges
     if any(t.shifts for t in folds.transforms):
         folds.originals = {x.name: folds.weight(model, x).clone() for group in inputs for x in group.linears}
     return inputs

@@ -12,6 +12,7 @@ import torch
 import compress
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
+from compress.recipe import parse
 from compress.weights import Weights
 
 SMALL = {"vocab_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64}
@@ -185,3 +186,31 @@ def test_saved_buffers_are_loaded(tmp_path: Path, make_model: Callable[..., Path
               metadata={"format": "pt"})  # fmt: skip
     whole = dense_logits(folder, rows)
     assert torch.allclose(streamed_logits(folder, rows), whole, atol=1e-5 * float(whole.abs().max()))
+
+
+#: one method for each way in which a layer may be stored or computed
+WAYS = [
+    "int8 threshold=3",
+    "sparsegpt pattern=2:4 bits=4 group_size=32",
+    "spqr",
+    "nf4 block_size=32",
+    "awq group_size=32",
+]
+
+
+def test_other_methods(case: tuple[str, Path], rows: torch.Tensor, text_file: Path, tmp_path: Path) -> None:
+    """Quantised inputs, sparse, outliers, code books, rescaled norms: written, verified, and read as they were."""
+    name, folder = case
+    original = streamed_logits(folder, rows)
+    for i, line in enumerate(WAYS):
+        held = TABLE[name][2] if line.startswith("awq") else "auto"
+        if line.startswith("awq") and ("gptq" in held or "moe" in name or name == "mixtral"):
+            held = "native"  # asymmetric experts and [in, out] weights have no other home
+        out = tmp_path / str(i)
+        result = compress.run(
+            folder, parse(line), out, format=held, calib=str(text_file), samples=8, seq_len=48, no_eval=True
+        )
+        assert result.proof.layers == 2 * TABLE[name][3]
+        ours = streamed_logits(out, rows)
+        moved = float((ours - original).norm() / original.norm())
+        assert 0 < moved < (1.2 if "2:4" in line else 0.5), line  # random weights have nothing to spare

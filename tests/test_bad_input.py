@@ -6,6 +6,7 @@ import builtins
 import errno
 import json
 import os
+import shlex
 import shutil
 import struct
 import sys
@@ -804,3 +805,45 @@ def test_eval_of_packed_tensors_that_do_not_fit(bench: Bench, suffix: str, how: 
         found[name] = value[:1].clone()
     save_file(found, packed / "model.safetensors", metadata={"format": "pt"})
     bench.refused(bench.call("eval", packed, "--text", bench.text, "--device", "cpu"), "model.layers.1.mlp.up_proj")
+
+
+@pytest.mark.parametrize(
+    ("command", "says", "remedy"),
+    [
+        ("sparsegpt --pattern 3:5", "3:5", "use"),
+        ("sparsegpt --pattern 2:3:4", "2:3:4", "write N:M"),
+        ("sparsegpt --sparsity 0.99", "sparsity 0.99 is out of range", "use 0 to 0.95"),
+        ("sparsegpt --group-size 64", "a group size without bits", "add --bits 4"),
+        ("sparsegpt --format gptq", "cannot hold the kind 'sparse'", "use --format native"),
+        ("sparsegpt --blocks 2-9", "outside of the model's 4 blocks", "use 0 to 3"),
+        ("nf4 --format compressed-tensors", "cannot hold the kind 'blockwise'", "use --format native"),
+        ("nf4 --block-size 48", "48", "use"),
+        ("gptq --bits 5 --format gptq", "holds 2, 3, 4 and 8 bits, not 5", "use --format compressed-tensors"),
+        ("absmax --activations token --format gptq", "weight-only", "use --format compressed-tensors"),
+        ("absmax --activations tensor --format compressed-tensors", "a symmetric scale a token", "use --format native"),
+        ("gptq --activations token", "not 4 bits", "use --bits 8 --group-size -1"),
+        ("gptq --bits 8 --activations token --group-size 32", "in groups of 32", "use --bits 8 --group-size -1"),
+        ("gptq --reference obq --act-order groups", "OBQ has an order of its own", "leave --act-order out"),
+        ("gptq --bits 3 --target vllm", "kernels for 4 and 8 bits, not 3", "use --bits 4"),
+        ("spqr --target transformers", "does not read the native format", "compress methods"),
+        ("int8 --threshold -1", "-1", "use"),
+        ("int8 --layer-share 0.5", "--layer-share", "--rule paper"),
+        ("kmeans --bits 9", "bits 9 is out of range", "use 2 to 8"),
+        ("spqr --average-bits 2", "2", "use"),
+        ("smoothquant --alpha 1.5", "alpha 1.5 is out of range", "use 0 to 1"),
+        ("smoothquant --then nothing", "no method 'nothing'", "there are gptq"),
+        ("awq --then 'rtn bits=11'", "bits 11 is out of range", "use 2 to 8"),
+        ("equalize --then 'rtn bit=4'", "rtn has no setting 'bit'", "it has bits"),
+    ],
+)
+def test_what_a_method_cannot_do(bench: Bench, command: str, says: str, remedy: str) -> None:
+    """Said before any work, with what would do."""
+    name, *options = shlex.split(command)
+    given = ["--calib", bench.text, "--samples", 4, "--seq-len", 32, "--no-eval", "--device", "cpu"]
+    line = bench.refused(bench.call(name, bench.model, "-o", bench.out, *given, *options), says)
+    assert remedy in line.partition("; ")[2], line
+    assert not bench.out.parent.exists() or not list(bench.out.parent.iterdir())
+
+
+def test_recipe_that_is_not_there(bench: Bench) -> None:
+    bench.refused(bench.call("run", bench.root / "no.yaml", bench.model, "--device", "cpu"), "cannot be read")

@@ -83,7 +83,9 @@ def dry_run(job: Job) -> dict[str, Any]:
     from compress.plan import make_plan
 
     _, model = open_model(job)
-    plan = make_plan(model, job.recipe, FORMATS[job.format], job.include, job.exclude, job.blocks, job.lm_head)
+    plan = make_plan(
+        model, job.recipe, FORMATS[job.format], job.include, job.exclude, job.blocks, job.lm_head, job.target
+    )
     return {
         "source": job.origin,
         "method": plan.recipe.as_json(),

@@ -1,0 +1,94 @@
+"""What each client can load of what the formats can hold: asked before any work, for whoever names a target.
+
+The facts are of the clients' releases named below, tested where reports/clients says so and read from their sources
+where it does not (vLLM and SGLang on a GPU).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from compress.errors import CompressError
+from compress.formats.base import Held
+from compress.types import Storage
+
+_CT, _GPTQ = "compressed-tensors", ("gptq", "gptq_v2")
+_GROUPS = (-1, 32, 64, 128)
+
+#: by the name of --target, what it is
+CLIENTS = {
+    "transformers": "transformers 5.23, with compressed-tensors 0.18 or newer, or optimum and gptqmodel",
+    "vllm": "vLLM 0.33",
+    "sglang": "SGLang 0.5.23",
+    "gptqmodel": "gptqmodel 7.7",
+}
+#: layers that a server runs as one, so that their parts must be stored alike
+_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def why_not(client: str, format: str, storage: Storage) -> str | None:
+    """Why a client cannot load a layer stored like this, with what it would load; None if it can.
+
+    Args:
+        client: a name in CLIENTS.
+        format: a name in the FORMATS table.
+    """
+    if format == "native":
+        return f"{client} does not read the native format: use a method that another format holds (compress methods)"
+    if client == "gptqmodel":
+        return None if format in _GPTQ else f"{client} does not read {format}: use --format gptq"
+    if client == "transformers":
+        return None
+    return _server(client, format, storage)
+
+
+def _server(client: str, format: str, storage: Storage) -> str | None:
+    """vLLM and SGLang: kernels for 4 and 8 bits."""
+    if storage.activations:
+        return None
+    if storage.bits not in (4, 8):
+        return f"{client} has kernels for 4 and 8 bits, not {storage.bits}: use --bits {4 if storage.bits < 6 else 8}"
+    if format in _GPTQ and not storage.symmetric:
+        return f"{client} reads symmetric GPTQ files only: use --symmetric, or --format compressed-tensors"
+    if format in _GPTQ and storage.ordered_groups and client == "vllm":
+        return "vllm refuses groups that follow an activation order: use --act-order static"
+    if storage.group_size not in _GROUPS:
+        near = min(_GROUPS[1:], key=lambda g: abs(g - storage.group_size))
+        what = f"{client} has kernels for groups of 32, 64, 128 and whole rows, not {storage.group_size}"
+        return f"{what}: use --group-size {near}"
+    if not storage.symmetric and storage.bits != 4:
+        return f"{client} has zero points for 4 bits only: use --symmetric, or --bits 4"
+    return None
+
+
+def refuse(client: str, format: str, layers: Sequence[Held]) -> None:
+    """Raise CompressError for a layer that a client cannot load, and for parts of a fused layer stored apart."""
+    if client not in CLIENTS:
+        raise CompressError(f"no client {client!r}", "--target", f"there are {', '.join(CLIENTS)}")
+    for layer in layers:
+        reason = why_not(client, format, layer.storage)
+        if reason is not None:
+            what, _, remedy = reason.partition(": ")
+            raise CompressError(what, f"--target {client}, layer {layer.name}", remedy)
+    if format in _GPTQ and client == "transformers" and len({x.storage for x in layers}) > 1:
+        what = "transformers reads one setting for all layers from GPTQ files"
+        raise CompressError(what, f"--target {client}", "use --format compressed-tensors")
+    if client in ("vllm", "sglang"):
+        _fused_alike(client, layers)
+
+
+def _fused_alike(client: str, layers: Sequence[Held]) -> None:
+    stored = {x.name: x.storage for x in layers}
+    for name, storage in stored.items():
+        for parts in _FUSED:
+            stem, last = name.rpartition(".")[0], name.rpartition(".")[2]
+            if last not in parts or re.search(r"\.experts\.", name):
+                continue
+            other = next((p for p in parts if stored.get(f"{stem}.{p}") != storage), None)
+            if other is not None:
+                raise CompressError(
+                    f"{client} runs {', '.join(parts)} as one layer, but {last} and {other} are stored differently",
+                    f"--target {client}, layer {name}",
+                    "give them the same setting, or leave all of them dense",
+                )
