@@ -55,12 +55,13 @@ import transformers, compress, compress.api
 from compress.calibration import Rows
 from compress.job import Job
 from compress.pipeline import compress_checkpoint
+from compress.recipe import Recipe
 from safetensors.torch import load_file
 from pathlib import Path
 model_dir, rows_file, out, bits, group = sys.argv[1:6]
 rows = load_file(rows_file)["rows"]
 begun = time.perf_counter()
-compress_checkpoint(Job(Path(model_dir), Path(out), compress.GPTQ(bits=int(bits), group_size=int(group)),
+compress_checkpoint(Job(Path(model_dir), Path(out), Recipe.of(compress.GPTQ(bits=int(bits), group_size=int(group))),
                         rows=Rows(rows, "bundled", (), "-"), origin="bundled"))
 print("SECONDS", time.perf_counter() - begun)
 """

@@ -82,6 +82,7 @@ TABLES = [
             "absmax row-wise + decomposition": ["int8 weights=tensor"],
             "absmax LLM.int8()": ["int8"],
             "zeropoint LLM.int8()": ["int8 zeropoint=true"],
+            "absmax LLM.int8(), outliers by section 4.1's rule": ["int8 rule=paper"],
         },
         [
             ("zeropoint", "absmax"),

@@ -195,7 +195,7 @@ def test_w8a8(label: str, source: Any, compressed: Any, answer: Any) -> None:
     weights = Weights(Checkpoint.open(packed))
     dense = {n: t for n, t in stored.items() if n.rpartition(".")[0] not in weights.packed}
     dense |= {f"{n}.weight": weights.read(f"{n}.weight") for n in weights.packed}
-    model = AutoModelForCausalLM.from_config(LLAMA).eval()
+    model = AutoModelForCausalLM.from_config(LLAMA, dtype=torch.float32).eval()
     model.load_state_dict(dense)
 
     def with_inputs(half: float) -> Tensor:
