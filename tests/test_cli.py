@@ -282,3 +282,50 @@ def test_as_a_process(line: Line) -> None:
     assert done.returncode == 2
     assert not done.stdout
     assert done.stderr == "error: ./nope: no such folder; pass a model folder or a hub id such as org/name\n"
+
+
+# --- recipes
+
+
+RECIPE = """
+name: mixed
+steps:
+  - keep: {blocks: 0}
+  - sparsegpt: {pattern: 2:4, blocks: 1}
+  - gptq: {bits: 8, layers: "*.down_proj", group_size: 32}
+  - rtn: {bits: 4, group_size: 32}
+options: {samples: 4, seq-len: 32, no-eval: true}
+"""
+
+
+def test_show_prints_what_a_recipe_would_do(line: Line) -> None:
+    file = line.folder / "mixed.yaml"
+    file.write_text(RECIPE)
+    before = everything(line.folder)
+    out, err = line("run", file, line.toy, "--show", "--device", "cpu")
+    assert not err
+    plain = " ".join(out.split())
+    for step in ("keep: blocks=0 (0 layers)", "pattern=2:4", "(7 layers)", "layers=['*.down_proj'] (3", "(18 layers)"):
+        assert step in plain.replace("│ ", "").replace(" │", ""), (step, out)
+    assert everything(line.folder) == before
+    plan = json.loads(line("run", file, line.toy, "--show", "--json", "--device", "cpu")[0])
+    assert [s["layers"] for s in plan["steps"]] == [0, 7, 3, 18]
+    assert plan["format"] == "native"
+
+
+def test_a_recipe_runs(line: Line) -> None:
+    file = line.folder / "mixed.yaml"
+    file.write_text(RECIPE)
+    out, _ = line("run", file, line.toy, "--calib", line.text, "--device", "cpu", "--json", "-o", "OUT")
+    report = json.loads(out)
+    assert {r["method"] for r in report["layers"]} == {"sparsegpt+gptq", "sparsegpt+rtn", "gptq", "rtn"}
+    assert report["calibration"]["samples"] == 4
+    assert [s["name"] for s in report["method"]["steps"]] == ["keep", "sparsegpt", "gptq", "rtn"]
+    assert "model.layers.0.mlp.up_proj.weight" in load_checkpoint(line.folder / "OUT")
+    card = (line.folder / "OUT" / "README.md").read_text()
+    assert "sparsegpt: " in card
+    assert "2:4" in card
+
+
+def load_checkpoint(folder: Path) -> dict[str, Any]:
+    return dict(checkpoint.Checkpoint.open(folder).tensors)

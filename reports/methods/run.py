@@ -139,7 +139,8 @@ def one(args: argparse.Namespace, source: Path, name: str, steps: list[str], tok
 
 def line(name: str, r: dict[str, Any]) -> str:
     if "error" in r:
-        return f"| {name} | failed: {r['error'][:120]} | | | | |"
+        what = r["error"] if r["error"] == "not run" else f"failed: {r['error'][:120]}"
+        return f"| {name} | {what} | | | | |"
     top1 = f"{100 * r['top1']:.2f}%"
     return f"| {name} | {r['perplexity']:.3f} | {r['kl']:.5f} | {top1} | {r['bits']:.3f} | {r['seconds']:.1f} |"
 
