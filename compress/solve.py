@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -82,11 +82,7 @@ def compress_block(
     done = Block()
     if not linears:
         return done
-    if flow is None:
-        inputs = [stats.Inputs([linear], LayerStats(0)) for linear in linears]
-    else:
-        with clock("hessian"):
-            inputs = stats.collect(model, block, linears, flow, plan.needs)
+    inputs = _inputs(model, plan, block, linears, flow, clock)
     folds = Folds()
     if plan.recipe.transforms and block < len(model.block_names):
         with clock("fold"):
@@ -94,9 +90,8 @@ def compress_block(
     for position in range(len(inputs)):
         group = inputs[position]
         if flow is not None and true_sequential and position and group.stage != inputs[position - 1].stage:
-            with clock("hessian"):  # the layers before this one are compressed now
-                rest = [linear for later in inputs[position:] for linear in later.linears]
-                inputs[position:] = stats.collect(model, block, rest, flow, plan.needs)
+            rest = [linear for later in inputs[position:] for linear in later.linears]
+            inputs[position:] = _inputs(model, plan, block, rest, flow, clock)  # those before are compressed now
             group = inputs[position]
         for part in _together(plan, group):
             with clock("solve"):
@@ -113,14 +108,24 @@ def compress_block(
     return done
 
 
+def _inputs(
+    model: BlockModel, plan: Plan, block: int, linears: Sequence[Linear], flow: Activations | None, clock: Clock
+) -> list[stats.Inputs]:
+    """The layers by common input, with statistics where a step needs them."""
+    watched = [x for x in linears if plan.recipe.transforms or any(p.needs for p in plan.choice[x.name])]
+    found: list[stats.Inputs] = []
+    if flow is not None and watched:
+        with clock("hessian"):
+            found = stats.collect(model, block, watched, flow, plan.needs)
+    known = {x.name for group in found for x in group.linears}
+    return found + [stats.Inputs([x], LayerStats(0)) for x in linears if x.name not in known]
+
+
 def _together(plan: Plan, group: stats.Inputs) -> Iterator[stats.Inputs]:
     """The parts of a group that are solved in one call: the same passes, and row counts that keep rows independent."""
-    by_passes: dict[int, list[Linear]] = {}
-    for linear in group.linears:
-        by_passes.setdefault(id(plan.choice[linear.name]), []).append(linear)
     same: dict[tuple[int, ...], list[Linear]] = {}
-    for linears in by_passes.values():
-        same.setdefault(tuple(id(p) for p in plan.choice[linears[0].name]), []).extend(linears)
+    for linear in group.linears:
+        same.setdefault(tuple(id(p) for p in plan.choice[linear.name]), []).append(linear)
     for linears in same.values():
         units = {p.row_unit for p in plan.choice[linears[0].name]}
         if 0 in units or any(x.shape[0] % unit for unit in units for x in linears):

@@ -156,3 +156,14 @@ def test_another_package_adds_a_method(monkeypatch: pytest.MonkeyPatch, toy: Pat
         assert load("gptq") is not load("rtn")
     finally:
         known.cache_clear()
+
+
+def test_notes_of_many_blocks_are_one_line() -> None:
+    from compress.report import merged
+
+    lines = [f"awq: model.layers.{i}.self_attn.o_proj: not rescaled: no norm feeds it" for i in range(80)]
+    assert merged([*lines, "awq: model.layers.3.mlp.up_proj: odd", "plain"]) == [
+        "awq: model.layers.*.self_attn.o_proj: not rescaled: no norm feeds it (80 blocks)",
+        "awq: model.layers.3.mlp.up_proj: odd",
+        "plain",
+    ]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import platform
+import re
 import resource
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,7 +148,7 @@ def device_name(device: torch.device) -> str:
 def notes(result: Result) -> list[str]:
     """What a reader must know: calibration notes, and each distinct note with the number of layers it is true of."""
     out = [] if result.job.rows is None else list(result.job.rows.notes)
-    out += result.notes
+    out += merged(result.notes)
     out += _native_note(result)
     count: dict[str, list[str]] = {}
     for record in result.records:
@@ -156,6 +158,17 @@ def notes(result: Result) -> list[str]:
         more = f" and {len(names) - 1} more layers" if len(names) > 1 else ""
         out.append(f"{names[0]}{more}: {note}")
     return out
+
+
+def merged(lines: Sequence[str]) -> list[str]:
+    """Notes that say the same of the same layer in several blocks, as one line each, with how many."""
+    count: dict[str, int] = {}
+    first: dict[str, str] = {}
+    for line in lines:
+        pattern = re.sub(r"\.\d+\.", ".*.", line)
+        count[pattern] = count.get(pattern, 0) + 1
+        first.setdefault(pattern, line)
+    return [first[p] if n == 1 else f"{p} ({n} blocks)" for p, n in count.items()]
 
 
 def _native_note(result: Result) -> list[str]:
