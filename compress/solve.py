@@ -230,7 +230,7 @@ def _transform(
     done: Block,
 ) -> list[stats.Inputs]:
     """Apply the recipe's transforms to the block, in order; the statistics follow the rescaled channels."""
-    from compress.folding import fold
+    from compress.folding.fold import fold
 
     for step in plan.recipe.transforms:
         if not step.where.holds("", block, len(model.block_names)):

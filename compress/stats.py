@@ -1,4 +1,4 @@
-"""Statistics of what enters each linear layer of a block, by hooks (which only this file and tap.py have).
+"""Statistics of what enters each linear layer of a block, by hooks (which only this file and folding/tap.py have).
 
 Layers that are fed the same tensor (q, k, v; gate, up) share one set. Experts of a fused 3-D tensor are seen at
 their calls of `torch.nn.functional.linear`, which the eager experts implementation makes once an expert.

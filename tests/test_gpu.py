@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import compress
-from compress import columns
-from compress.hessian import row_losses
+from compress.solvers import columns
+from compress.solvers.hessian import row_losses
 from compress.stats import accumulate
 from compress.types import LayerStats
 

@@ -46,7 +46,7 @@ def test_imports(path: Path) -> None:
         assert package not in names or here in homes
 
 
-@pytest.mark.parametrize("folder", ["passes", "packed"])
+@pytest.mark.parametrize("folder", ["passes", "packed", "solvers"])
 def test_maths_never_sees_a_module(folder: str) -> None:
     for path in (ROOT / "compress" / folder).glob("*.py"):
         text = path.read_text()

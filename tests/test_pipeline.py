@@ -109,8 +109,8 @@ def test_next_block_sees_what_is_stored(toy: Path, text_file: Path, tmp_path: Pa
     """Recompute the last block's first Hessian from the written file: the recorded error must be its own."""
     from compress.blocks import BlockModel
     from compress.calibration import calibration_rows
-    from compress.hessian import row_losses
     from compress.hidden import Activations
+    from compress.solvers.hessian import row_losses
     from compress.stats import collect
 
     result = compress.run(toy, compress.GPTQ(bits=3, group_size=32), tmp_path / "a", calib=str(text_file), **SMALL)

@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from compress import bits as bitpack
-from compress.masks import Pattern
 from compress.packed.dense import Dense
 from compress.packed.uniform import UniformGrid
+from compress.solvers.masks import Pattern
 from compress.types import Storage
 
 _LARGEST_RANKED = 16

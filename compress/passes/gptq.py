@@ -13,7 +13,7 @@ Beyond the paper, each with its own switch:
 A row whose loss would be above round-to-nearest's on the same grid takes the round-to-nearest codes. A column that
 calibration never saw (H_ii = 0) is rounded to nearest; the reference code sets it to zero.
 
-`--reference obq` visits each row's weights in OBQ's greedy order instead (compress/obq.py), on the same static grids.
+`--reference obq` visits each row's weights in OBQ's greedy order instead (solvers/obq.py), on the same static grids.
 
 Weights that an earlier step pruned (`LayerStats.mask`) stay exactly 0: their level is 0 throughout, and what that costs
 is compensated like any other error. SparseGPT's joint sweep is this one with the mask chosen on the way (`solve`).
@@ -28,13 +28,14 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from compress import columns, grid, obq
-from compress.columns import blocks
+from compress import grid
 from compress.errors import CompressError
 from compress.grid import Grid
-from compress.hessian import factorise, refit_kept, refit_scales, row_losses, runs, unvisit, visiting_order
-from compress.masks import Choice, Growing, expected
 from compress.packed.uniform import UniformGrid, group_index
+from compress.solvers import columns, obq
+from compress.solvers.columns import blocks
+from compress.solvers.hessian import factorise, refit_kept, refit_scales, row_losses, runs, unvisit, visiting_order
+from compress.solvers.masks import Choice, Growing, expected
 from compress.types import LayerStats, Needs, Solved, Storage
 
 #: in_features up to which the reference order is offered

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.hessian import row_losses
 from compress.packed import blockwise
+from compress.solvers.hessian import row_losses
 from compress.types import LayerStats, Needs, Solved, Storage
 
 #: what bitsandbytes' kernels know

@@ -31,14 +31,15 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor
 
-from compress import columns, grid, masks
+from compress import grid
 from compress.errors import CompressError
-from compress.hessian import factorise, refit_kept, row_losses, unvisit, visiting_order
-from compress.masks import Choice, Pattern
 from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse, storage_around
 from compress.packed.uniform import UniformGrid, group_index
 from compress.passes.gptq import GPTQ
+from compress.solvers import columns, masks
+from compress.solvers.hessian import factorise, refit_kept, row_losses, unvisit, visiting_order
+from compress.solvers.masks import Choice, Pattern
 from compress.types import LayerStats, Needs, Solved, Storage
 
 _LARGEST_SPARSITY = 0.95

@@ -35,14 +35,14 @@ from typing import Any, ClassVar, Self
 import torch
 from torch import Tensor
 
-from compress import spqr_sweep
 from compress.errors import CompressError
-from compress.hessian import factorise, row_losses, unvisit
 from compress.packed import bilevel, outliers
 from compress.packed.bilevel import PLAIN, BiLevel, Statistic
 from compress.packed.outliers import Outliers
 from compress.packed.uniform import group_index
-from compress.spqr_sweep import Grids, Solution
+from compress.solvers import spqr as spqr_sweep
+from compress.solvers.hessian import factorise, row_losses, unvisit
+from compress.solvers.spqr import Grids, Solution
 from compress.types import LayerStats, Needs, Packed, Solved, Storage, bits_per_weight
 
 

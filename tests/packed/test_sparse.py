@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress import bits as bitpack
-from compress.masks import Pattern, by_score
 from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse, mask_words, pack_mask, storage_around, unpack_mask
 from compress.packed.uniform import UniformGrid, group_index
+from compress.solvers.masks import Pattern, by_score
 from compress.types import Packed, Storage, bits_per_weight, tensor_bytes_of
 
 NM = [(2, 4), (1, 4), (3, 4), (4, 8), (3, 8), (5, 6), (1, 2), (8, 16), (15, 16), (9, 18), (20, 32)]

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress import columns as loops
 from compress import grid
-from compress import hessian as second_order
 from compress.errors import CompressError
 from compress.grid import Grid
 from compress.packed.uniform import UniformGrid, group_index
 from compress.passes import load
 from compress.passes.gptq import GPTQ
 from compress.passes.rtn import RTN
+from compress.solvers import columns as loops
+from compress.solvers import hessian as second_order
 from compress.types import LayerStats, Needs, Solved, Storage
 
 #: the arithmetic in which tests compare codes where weights come out of differently ordered sums: with float32 scales

@@ -13,16 +13,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress import columns, masks
 from compress.errors import CompressError
-from compress.hessian import factorise, refit_kept
-from compress.masks import Choice, Pattern
 from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse
 from compress.packed.uniform import UniformGrid
 from compress.passes.gptq import GPTQ
 from compress.passes.rtn import RTN
 from compress.passes.sparsegpt import SparseGPT
+from compress.solvers import columns, masks
+from compress.solvers.hessian import factorise, refit_kept
+from compress.solvers.masks import Choice, Pattern
 from compress.types import LayerStats, Needs, Solved, Storage, tensor_bytes_of
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -12,13 +12,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress import spqr_sweep
 from compress.errors import CompressError
 from compress.packed.bilevel import BiLevel
 from compress.packed.outliers import Outliers
 from compress.packed.uniform import group_index
 from compress.passes.gptq import GPTQ
 from compress.passes.spqr import SpQR
+from compress.solvers import spqr as spqr_sweep
 from compress.types import LayerStats, Solved, bits_per_weight, tensor_bytes_of
 
 BF16 = torch.bfloat16

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress import obq
+from compress.solvers import obq
 
 
 def problem(seed: int, rows: int = 4, columns: int = 9) -> tuple[Tensor, Tensor]:

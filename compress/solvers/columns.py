@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.masks import Choice, Growing
+from compress.solvers.masks import Choice, Growing
 
 #: levels of the symmetric grid need no zero tensor; the asymmetric one passes zero [in, out]
 Bounds = tuple[Tensor | float, Tensor | float]

@@ -11,18 +11,18 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress import folding
 from compress.blocks import ROUTERS, BlockModel
 from compress.checkpoint import Checkpoint
-from compress.edges import Channels, find, gain_offset
-from compress.folding import Folded, fold
+from compress.folding import fold as folding
+from compress.folding.edges import Channels, find, gain_offset
+from compress.folding.fold import Folded, fold
+from compress.folding.rowmaps import _row_sets
+from compress.folding.tap import Block
 from compress.hidden import Activations
 from compress.passes.awq import AWQ
 from compress.passes.equalize import Equalize
 from compress.passes.smoothquant import SmoothQuant
-from compress.rowmaps import _row_sets
 from compress.stats import Inputs, collect
-from compress.tap import Block
 from compress.types import Edge, LayerStats, Needs, Transform
 from compress.weights import Weights
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from compress.blocks import BlockModel, Linear
+from compress.folding.tap import parts_of
 from compress.stats import Inputs
-from compress.tap import parts_of
 from compress.types import LayerStats
 
 

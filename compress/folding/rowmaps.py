@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from compress.blocks import BlockModel
-from compress.tap import Block, Node, Trace, for_experts
+from compress.folding.tap import Block, Node, Trace, for_experts
 
 #: what a row's output is multiplied by to spell a digit, as exponents of two; 0 is not among them: it says "not mine"
 _DIGITS = (-4, -3, -2, -1, 1, 2, 3, 4)

@@ -10,8 +10,8 @@ from torch import Tensor
 from compress import grid
 from compress.errors import CompressError
 from compress.grid import Grid
-from compress.masks import Choice
 from compress.packed.uniform import group_index
+from compress.solvers.masks import Choice
 
 #: each failed Cholesky multiplies the damp by this; it ends far above any Hessian's own diagonal
 _DAMP_STEP = 10.0

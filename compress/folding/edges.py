@@ -4,7 +4,7 @@ A rescaling divides channels where they are made (a norm's gain, rows of a linea
 of every layer that reads them by s. Nothing is taken on trust from names or shapes:
 
 - readers: the linear layers whose input is the very memory that a norm returned, or rows gathered from it (experts);
-- rows: which row of an earlier layer makes which column of a later one is read off the block (compress/rowmaps.py);
+- rows: which row of an earlier layer makes which column of a later one is read off the block (rowmaps.py);
 - proof: with random powers of two on both sides at once the block's output must stay, while one side alone moves it.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.rowmaps import maps
-from compress.tap import Block, Node, Norm, Trace, for_experts
+from compress.folding.rowmaps import maps
+from compress.folding.tap import Block, Node, Norm, Trace, for_experts
 
 #: of the motion that one side of an edge alone causes, how much may be left when both sides are scaled (powers of two
 #: leave nothing; experts may be summed in another order)

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress import columns, grid
+from compress import grid
 from compress.packed.bilevel import PLAIN, Statistic
+from compress.solvers import columns
 
 #: second-level steps are no finer than this share of the largest value, so that 16 bits can hold the offset of the
 #: smallest; and no scale is below this share of a second-level step, so that none is 0

@@ -1,4 +1,4 @@
-"""Apply a transform to a loaded block: rescale channels on the edges that compress/edges.py proves.
+"""Apply a transform to a loaded block: rescale channels on the edges that edges.py proves.
 
 What is divided is divided as it will be stored. A norm's gain is rounded to its dtype on disk first; what it really
 became, not what was asked for, is what the readers' columns are multiplied by, in float32, so the block's function does
@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from compress.blocks import BlockModel, Linear
-from compress.edges import Channels, Found, Site, apart, find
-from compress.foldwork import Work, joined
+from compress.folding.edges import Channels, Found, Site, apart, find
+from compress.folding.tap import Block
+from compress.folding.work import Work, joined
 from compress.stats import Inputs
-from compress.tap import Block
 from compress.types import Edge, LayerStats, Transform
 
 #: tokens of the sample that edges are proved on
