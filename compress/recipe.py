@@ -126,10 +126,16 @@ class Recipe:
 
     @property
     def needs(self) -> Needs:
-        """What all steps need together."""
+        """What all steps need together. Raises CompressError for two thresholds of the same statistic."""
         total = Needs()
         for step in self.steps:
-            total = total if step.method is None else total | step.method.needs
+            if step.method is None:
+                continue
+            mine = step.method.needs
+            if None not in (total.above, mine.above) and total.above != mine.above:
+                what = f"steps with the thresholds {total.above:g} and {mine.above:g}, a survey of the model has one"
+                raise CompressError(what, self.name, "give them the same, or use --rule any")
+            total = total | mine
         return total
 
     @property

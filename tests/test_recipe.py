@@ -203,3 +203,9 @@ def test_what_cannot_follow_pruning() -> None:
     recipe = make_recipe({"steps": ["sparsegpt pattern=2:4", "nf4"]}, "x", "x")
     with pytest.raises(CompressError, match=r"sparsegpt, then nf4.*follow it with gptq"):
         chained(tuple(recipe.passes))
+
+
+def test_one_threshold_a_survey() -> None:
+    steps = ["int8 rule=paper threshold=6", {"int8": {"rule": "paper", "threshold": 3.0, "layers": "*.down_proj"}}]
+    with pytest.raises(CompressError, match="thresholds 6 and 3"):
+        make_recipe({"steps": steps}, "x", "x").needs  # noqa: B018

@@ -95,3 +95,81 @@ def test_overflowing_activation_names_the_layer(toy: Path, tmp_path: Path) -> No
     norm.data.fill_(1e25)
     with pytest.raises(CompressError, match=r"gate_proj.*NaN or infinity"):
         collect(model, 0, model.linears(0), flow, Needs(hessian=True))
+
+
+def seen_by_transformers(toy: Path, rows: torch.Tensor) -> dict[str, torch.Tensor]:
+    """What enters every linear layer of the whole model, by module name."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(toy, dtype=torch.float32).eval()
+    seen: dict[str, torch.Tensor] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda m, args, n=name: seen.__setitem__(n, args[0].flatten(0, 1)))
+    with torch.no_grad():
+        model(rows)
+    return seen
+
+
+def test_ranges_and_shares(toy: Path, tmp_path: Path) -> None:
+    """Largest and mean magnitude, mean, and the share of tokens above a threshold, over batches of unequal size."""
+    rows = torch.randint(0, 300, (5, 24), generator=torch.Generator().manual_seed(2))
+    model = BlockModel(Weights(Checkpoint.open(toy)), torch.float32, torch.device("cpu"))
+    flow = Activations(model, rows, 2, tmp_path / "spill")
+    flow.enter()
+    model.load(0)
+    groups = collect(model, 0, model.linears(0), flow, Needs(ranges=True, above=1.5))
+    seen = seen_by_transformers(toy, rows)
+    assert sum(len(g.linears) for g in groups) == 7
+    for group in groups:
+        x = seen[group.linears[0].param.removesuffix(".weight")]
+        s = group.stats
+        assert s.hessian is None
+        assert s.tokens == len(x) == 120
+        for found, wanted in (
+            (s.absmax, x.abs().amax(0)),
+            (s.mean_abs, x.abs().mean(0)),
+            (s.mean, x.mean(0)),
+            (s.above, (x.abs() >= 1.5).float().mean(0)),
+        ):
+            assert found is not None
+            assert torch.allclose(found, wanted, atol=1e-5)
+
+
+def test_survey_looks_at_every_block_before_the_first_is_compressed(toy: Path, text_file: Path, tmp_path: Path) -> None:
+    from compress.api import make_job
+    from compress.formats import FORMATS
+    from compress.job import Clock
+    from compress.options import Options
+    from compress.passes.int8 import Int8
+    from compress.pipeline import open_model
+    from compress.plan import make_plan
+    from compress.recipe import Recipe
+    from compress.solve import survey_model
+
+    options = Options(out=tmp_path / "out", calib=str(text_file), samples=3, seq_len=24, no_eval=True, device="cpu")
+    job = make_job(str(toy), Int8(threshold=1.5, rule="paper"), options)
+    _, model = open_model(job)
+    plan = make_plan(model, Recipe.of(Int8(threshold=1.5, rule="paper")), FORMATS["native"])
+    assert job.rows is not None
+    rows = job.rows.tokens
+    flow = Activations(model, rows, 2, tmp_path / "spill")
+    flow.enter()
+    first = flow.states(0).clone()
+    survey = survey_model(model, plan, flow, Clock())
+    assert torch.equal(flow.states(0), first), "the run starts from the embeddings again"
+    seen = seen_by_transformers(toy, rows)
+    assert len(survey) == 28
+    for name, spread in survey.items():
+        role = name.split(".", 3)[3]
+        wanted = [(seen[f"model.layers.{i}.{role}"].abs() >= 1.5).float().mean(0) for i in range(4)]
+        assert torch.allclose(spread, torch.stack(wanted), atol=1e-5)
+
+
+def test_needs_add_up() -> None:
+    both = Needs(hessian=True) | Needs(above=6.0, survey=True)
+    assert both == Needs(hessian=True, above=6.0, survey=True)
+    assert both
+    assert not Needs()
+    with pytest.raises(ValueError, match="one threshold"):
+        Needs(above=6.0) | Needs(above=3.0)
