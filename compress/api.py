@@ -16,9 +16,10 @@ from torch import Tensor
 from compress.assets import folder
 from compress.calibration import EvalText, Rows, calibration_rows, evaluation_tokens
 from compress.checkpoint import Checkpoint
+from compress.clients import pick
 from compress.errors import CompressError
 from compress.evaluate.perplexity import Score, cut_windows, evaluate
-from compress.formats import FORMATS, pick
+from compress.formats import FORMATS
 from compress.job import Job, Progress, Result, Status
 from compress.journal import check_output
 from compress.options import Options
@@ -86,7 +87,7 @@ def make_job(model: str, method: Pass | Transform | Recipe, options: Options, dr
         source=source,
         out=out,
         recipe=recipe,
-        format=pick(options.format, [p.storage for p in recipe.passes]),
+        format=pick(options.format, [p.storage for p in recipe.passes], options.target),
         rows=rows,
         text=text,
         device=device,

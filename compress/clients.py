@@ -7,9 +7,10 @@ where it does not (vLLM and SGLang on a GPU).
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from compress.errors import CompressError
+from compress.formats import DEFAULT, OWN, holders
 from compress.formats.base import Held
 from compress.types import Storage
 
@@ -23,8 +24,28 @@ CLIENTS = {
     "sglang": "SGLang 0.5.23",
     "gptqmodel": "gptqmodel 7.7",
 }
+#: what --format auto tries for a client, in this order
+_TRIED = ("compressed-tensors", "gptq", "gptq_v2")
 #: layers that a server runs as one, so that their parts must be stored alike
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+
+
+def pick(asked: str, storages: Iterable[Storage], client: str | None = None) -> str:
+    """The format's name: as asked; for "auto" one that the client reads, or the default, or our own.
+
+    Our own is for what no client's format holds. Ordinary weights are picked for a client only where they are all that
+    it takes of a result: of one that is pruned and not quantised.
+    """
+    if asked != "auto":
+        return asked
+    storages = list(storages)
+    if client is not None:
+        for name in _TRIED:
+            if all(name in holders(s) and why_not(client, name, s) is None for s in storages):
+                return name
+        if all((s.inner or s).kind == "dense" for s in storages):
+            return "dense"
+    return OWN if any(holders(s) == [OWN] for s in storages) else DEFAULT
 
 
 def why_not(client: str, format: str, storage: Storage) -> str | None:
@@ -34,6 +55,8 @@ def why_not(client: str, format: str, storage: Storage) -> str | None:
         client: a name in CLIENTS.
         format: a name in the FORMATS table.
     """
+    if format == "dense":
+        return None
     if format == "native":
         return f"{client} does not read the native format: use a method that another format holds (compress methods)"
     if client == "gptqmodel":

@@ -18,8 +18,8 @@ class Options:
     out: Path | None = _option(None, "output folder; default: MODEL-METHOD-BITSbit here", "-o", "--out")
     format: str = _option(
         "auto",
-        "compressed-tensors, gptq (v1), gptq_v2 or native (our own, for what no client holds); default: "
-        "compressed-tensors, or native where the result fits no other",
+        "compressed-tensors, gptq (v1), gptq_v2, native (our own, for what no client holds) or dense (ordinary "
+        "weights); default: what --target reads, or compressed-tensors, or native where the result fits no other",
     )
     target: str | None = _option(
         None,

@@ -29,7 +29,8 @@ def assemble(plan: Plan, source: Checkpoint, journal: Journal) -> None:
     write_shards(folder, tensors(plan, source, journal), SHARD_BYTES)
     carry_over(source.folder, folder)
     quantization = plan.quantization_config()
-    write_json(folder / "config.json", {**source.config, "quantization_config": quantization})
+    declared = {"quantization_config": quantization} if plan.format.quantised else {}
+    write_json(folder / "config.json", {**source.config, **declared})
     for name, value in plan.format.files(quantization).items():
         write_json(folder / name, value)
 

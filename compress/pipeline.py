@@ -161,6 +161,8 @@ def restore(model: BlockModel, journal: Journal, plan: Plan, block: int) -> None
     for linear in plan.blocks[block]:
         names = {s: f"{linear.name}.{s}" for s in plan.format.suffixes}
         parts = {s: read_tensor(stored.pop(n)) for s, n in names.items() if n in stored}
+        if linear.transposed and not plan.format.quantised:
+            parts = {s: t.t() for s, t in parts.items()}
         model.set_packed(linear, moved(plan.format.unpack(linear.name, parts, config), model.device))
     for name, tensor in stored.items():  # what a transform changed beside the packed layers
         model.set_stored(block, name, read_tensor(tensor))

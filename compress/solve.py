@@ -183,6 +183,8 @@ def _store(
     part = solved.packed.rows(start, stop)
     dense = model.set_packed(linear, part)
     stored = {f"{linear.name}.{s}": t.cpu() for s, t in plan.format.pack(part).items()}
+    if linear.transposed and not plan.format.quantised:
+        stored = {n: t.t().contiguous() for n, t in stored.items()}  # as the model keeps it
     done.tensors |= stored
     done.records.append(_record(plan, linear, layer_stats, solved, start, stop, stored, dense))
 

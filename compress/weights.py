@@ -64,7 +64,8 @@ class Weights:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Dense tensor name -> shape, from headers alone. Packed layers appear as "<name>.weight", [out, in]."""
-        out = {n: t.shape for n, t in self.checkpoint.tensors.items() if self._owner(n) is None}
+        owned = self._owned()
+        out = {n: t.shape for n, t in self.checkpoint.tensors.items() if n not in owned}
         for name in sorted(self.packed):
             assert self._format is not None
             shapes = {s: t.shape for s, t in self._parts(name).items()}
@@ -117,12 +118,13 @@ class Weights:
             return self._format.activations(layer, self._config)
 
     def _parts(self, layer: str) -> dict[str, Stored]:
+        """Suffix -> where the tensor is, of those that a packed layer has."""
         assert self._format is not None
         names = {s: f"{layer}.{s}" for s in self._format.suffixes}
         return {s: self.checkpoint.tensors[n] for s, n in names.items() if n in self.checkpoint.tensors}
 
-    def _owner(self, name: str) -> str | None:
-        """The packed layer a stored tensor belongs to."""
-        layer, _, suffix = name.rpartition(".")
-        inside = self._format is not None and suffix in self._format.suffixes and layer in self.packed
-        return layer if inside else None
+    def _owned(self) -> set[str]:
+        """Every stored tensor that is part of a packed layer."""
+        if self._format is None:
+            return set()
+        return {f"{layer}.{suffix}" for layer in self.packed for suffix in self._format.suffixes}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from compress.errors import CompressError
 from compress.formats.base import Format, LayerShape
 from compress.formats.compressed_tensors import CompressedTensors
+from compress.formats.dense import DenseFormat
 from compress.formats.gptq import GPTQFormat
 from compress.formats.native import METHOD as NATIVE
 from compress.formats.native import Native
@@ -18,6 +19,7 @@ FORMATS: dict[str, Format] = {
     "gptq": GPTQFormat(1),
     "gptq_v2": GPTQFormat(2),
     "native": Native(),
+    "dense": DenseFormat(),
 }
 
 
@@ -26,17 +28,10 @@ DEFAULT, OWN = "compressed-tensors", "native"
 
 
 def holders(storage: Storage) -> list[str]:
-    """The formats that can hold layers stored like this, for layers of ordinary shapes."""
+    """The formats that can hold layers stored like this as they are, for layers of ordinary shapes."""
     width = 4096 if storage.group_size < 1 else 4096 * storage.group_size
     layer = LayerShape("layer", 4096, width)
-    return [name for name, format in FORMATS.items() if format.why_not(storage, layer) is None]
-
-
-def pick(asked: str, storages: Iterable[Storage]) -> str:
-    """The format's name: as asked; for "auto" the default, or our own where no client's format holds every layer."""
-    if asked != "auto":
-        return asked
-    return OWN if any(holders(s) == [OWN] for s in storages) else DEFAULT
+    return [n for n, format in FORMATS.items() if format.quantised and format.why_not(storage, layer) is None]
 
 
 def of_config(config: Mapping[str, Any]) -> tuple[Format, Mapping[str, Any]] | None:

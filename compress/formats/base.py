@@ -56,13 +56,19 @@ class Format(Protocol):
     `config` is always the checkpoint's quantization_config, `name` a layer's name on disk without ".weight".
 
     Attributes:
-        suffixes: all suffixes that the tensors of a packed layer may have.
+        suffixes: all suffixes that the tensors of a packed layer may have; one may hold dots ("weight.absmax").
+        container: what the tensors lie in: "safetensors", or "gguf".
+        quantised: False for ordinary weights, of which config.json says nothing.
     """
 
     @property
     def name(self) -> str: ...
     @property
     def suffixes(self) -> tuple[str, ...]: ...
+    @property
+    def container(self) -> str: ...
+    @property
+    def quantised(self) -> bool: ...
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """The dtype in which scales are stored beside a model of this dtype."""
         ...

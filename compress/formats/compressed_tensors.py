@@ -42,6 +42,8 @@ class CompressedTensors:
 
     name = NAME
     suffixes = SUFFIXES
+    container = "safetensors"
+    quantised = True
 
     def scale_dtype(self, model_dtype: torch.dtype) -> torch.dtype:
         """Readers cast scales to the model's dtype, so they are stored in it."""

@@ -34,6 +34,8 @@ class GPTQFormat:
 
     version: int = 1
     suffixes = SUFFIXES
+    container = "safetensors"
+    quantised = True
 
     @property
     def name(self) -> str:

@@ -27,6 +27,8 @@ class Native:
     """The format as a value; see the module's text."""
 
     name = "native"
+    container = "safetensors"
+    quantised = True
 
     @property
     def suffixes(self) -> tuple[str, ...]:

@@ -83,7 +83,7 @@ def linear_names(shapes: dict[str, tuple[int, ...]]) -> list[str]:
 
 def ours(bench: Bench, step: str) -> dict[str, Any]:
     """Our pass by a recipe's step, with its defaults otherwise."""
-    from compress.formats import pick
+    from compress.clients import pick
     from compress.job import Job
     from compress.pipeline import compress_checkpoint
     from compress.recipe import Recipe, parse

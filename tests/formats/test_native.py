@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.clients import pick
 from compress.errors import CompressError
-from compress.formats import FORMATS, holders, of_config, pick
+from compress.formats import FORMATS, holders, of_config
 from compress.formats.base import Held, LayerShape
 from compress.formats.native import Native
 from compress.packed import KINDS
