@@ -1,6 +1,7 @@
-"""The command line: one sub-command a pass, its options derived from the pass's fields. The only file with typer.
+"""The command line: one sub-command a pass, its options derived from the pass's fields.
 
-A sub-command is built when it is called for, so that `compress --help` imports neither torch nor transformers.
+The commands that run no method are in commands.py; no other file imports typer. A sub-command is built when it is
+called for, so that `compress --help` imports neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 from typer.core import TyperGroup
 
+from compress import commands
+from compress.commands import hidden
 from compress.errors import CompressError, Interrupted
 from compress.options import Options
 from compress.passes import known, load
@@ -33,6 +36,9 @@ _OTHER = {
     "run": "the steps of a recipe (YAML): mixed bits, prune then quantise, rescale then quantise",
     "methods": "every method: its paper, and which formats can hold its result",
     "eval": "perplexity of any checkpoint, dense or packed, ours or another tool's",
+    "inspect": "what a checkpoint holds, layer by layer: kind, bits, groups, bytes",
+    "verify": "check a checkpoint: files, layers, parameters, and what its client makes of it",
+    "export": "move a packed checkpoint to another format without rounding again",
     "demo": "the whole job on a small model that comes with the package: no hub, no GPU, a minute",
 }
 
@@ -70,7 +76,10 @@ def _stub(name: str) -> Any:
 def _build(name: str) -> Any:
     small = typer.Typer(add_completion=False, rich_markup_mode=None)
     functions: dict[str, Callable[..., None]] = {
-        "eval": eval_command,
+        "eval": commands.eval_command,
+        "inspect": commands.inspect_command,
+        "verify": commands.verify_command,
+        "export": commands.export_command,
         "demo": demo_command,
         "methods": methods_command,
         "run": run_command(),
@@ -223,7 +232,7 @@ def _run(
     job = None
     try:
         job = api.make_job(model, method, options)
-        with screen.progress_line(_hidden(quiet, as_json)) as progress:
+        with screen.progress_line(hidden(quiet, as_json)) as progress:
             result = compress_checkpoint(job, progress)
     except KeyboardInterrupt:
         raise _interrupted(None if job is None else job.out) from None
@@ -235,11 +244,8 @@ def _run(
         print(json.dumps(screen.as_json(result), indent=2))
     else:
         screen.print_result(result)
-
-
-def _hidden(quiet: bool, as_json: bool) -> bool:
-    """No progress line where nobody sees it move: a log would get a blank line."""
-    return quiet or as_json or not sys.stderr.isatty()
+        if job.push_to is not None:
+            print(f"uploaded to {job.push_to}")
 
 
 def _interrupted(out: Path | None) -> Interrupted:
@@ -249,42 +255,6 @@ def _interrupted(out: Path | None) -> Interrupted:
     done = 0 if partial is None else len(list(partial.glob("block-*.json")))
     what = f"stopped; {done} finished blocks are kept" if done else "stopped before a block was finished"
     return Interrupted(what, str(partial or ""), f"to go on, type: {command}")
-
-
-def eval_command(
-    model: Annotated[str, typer.Argument(help="model folder, hub id, or 'bundled'")],
-    text: Annotated[
-        str, typer.Option(help="recipe (wikitext2, c4, ptb, bundled), file, folder or hub data set")
-    ] = "wikitext2",
-    against: Annotated[Optional[str], typer.Option(help="the original: adds KL divergence and top-1 agreement")] = None,  # noqa: UP045
-    window: Annotated[
-        int | None, typer.Option(help="tokens a window; default: 2048, or the context if shorter")
-    ] = None,
-    device: Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1; default: cuda if there is one")] = None,  # noqa: UP045
-    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
-    trust_remote_code: Annotated[bool, typer.Option(help="run model code that comes with the checkpoint")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print one JSON object")] = False,
-    quiet: Annotated[bool, typer.Option(help="no progress line")] = False,
-) -> None:
-    """Perplexity of any checkpoint by the GPTQ papers' protocol, streamed block by block."""
-    from compress import api
-    from compress.report import screen
-
-    with screen.progress_line(_hidden(quiet, as_json)) as progress:
-        score, base, used = api.score(
-            model,
-            text,
-            against=against,
-            window=window,
-            device=device,
-            dtype=dtype,
-            trust_remote_code=trust_remote_code,
-            progress=progress,
-        )
-    if as_json:
-        print(json.dumps(screen.score_json(score, base, used), indent=2))
-    else:
-        screen.print_scores(model, score, base, used)
 
 
 def demo_command(

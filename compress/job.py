@@ -36,7 +36,10 @@ class Job:
         blocks: the blocks to compress, "0-3,-1"; "" for all.
         lm_head: compress the output head too.
         seed: recorded; the rows were drawn with it.
+        verify: read the result back and ask its client; see verify.py and asking.py.
         origin: what the user called the model (a hub id), for the records.
+        push_to: the hub repository that the finished folder is uploaded to.
+        push_public: a repository that does not exist yet is made public.
     """
 
     source: Path
@@ -55,10 +58,13 @@ class Job:
     lm_head: bool = False
     seed: int = 0
     origin: str = ""
+    verify: bool = True
     overwrite: bool = False
     fresh: bool = False
     allow_pickle: bool = False
     trust_remote_code: bool = False
+    push_to: str | None = None
+    push_public: bool = False
 
 
 @dataclass(frozen=True)
@@ -66,7 +72,7 @@ class Status:
     """Where a run is; handed to the caller's progress line.
 
     Attributes:
-        phase: "calibrate", "compress", "verify", "evaluate".
+        phase: "calibrate", "compress", "verify", "evaluate", "upload".
         done, total: blocks (or what the phase counts).
         layers, all_layers: layers compressed so far.
     """
@@ -106,21 +112,24 @@ class Result:
     Attributes:
         records: for each compressed layer its error, tokens and notes.
         score, original: figures of the written file and of the original on the evaluation text.
+        proof: what was verified; None with --no-verify.
         seconds: by part of the run.
         resumed: blocks taken over from an earlier, stopped run.
         notes: what transforms had to say.
+        changed: names of tensors beside the packed layers that they replaced.
     """
 
     job: Job
     plan: Plan
     records: list[dict[str, Any]]
-    proof: Proof
+    proof: Proof | None
     score: Score | None
     original: Score | None
     seconds: dict[str, float]
     resumed: int
     dtype: torch.dtype
     notes: list[str] = field(default_factory=list)
+    changed: tuple[str, ...] = ()
 
 
 Progress = Callable[[Status], None]

@@ -46,7 +46,14 @@ class Options:
     )
     device: str | None = _option(None, "cpu, cuda, cuda:1; default: cuda if there is one")
     dtype: str = _option("auto", "auto, float32, bfloat16 or float16: precision in which blocks run")
+    no_verify: bool = _option(False, "do not read the result back, and do not load it through its client")
     overwrite: bool = _option(False, "replace an existing output once the new one is complete")
     fresh: bool = _option(False, "start over instead of going on with a stopped run")
     allow_pickle: bool = _option(False, "read pytorch_model.bin through torch's weights-only unpickler")
     trust_remote_code: bool = _option(False, "run model code that comes with the checkpoint")
+    push_to: str | None = _option(
+        None,
+        "upload the finished folder to this hub repository (NAME or ORG/NAME; a new one is private); the token is that "
+        "of HF_TOKEN or `hf auth login`",
+    )
+    push_public: bool = _option(False, "make a new --push-to repository public")

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from compress import gguf_file, gguf_writer
 from compress.checkpoint import Checkpoint, Stored, hash_files, read_json, write_json, write_shards
-from compress.journal import Journal
-from compress.plan import Plan
-
-if TYPE_CHECKING:
-    pass
+from compress.formats.base import Format
+from compress.skeleton import quiet_transformers
 
 SHARD_BYTES = 5_000_000_000
 RECORD = "compress.json"
@@ -22,38 +20,71 @@ WEIGHT_FILES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".msgpa
 _OWN_FILES = ("config.json", "quantize_config.json", "README.md", "hf_quant_config.json", RECORD, *TIMED)
 
 
-def assemble(plan: Plan, source: Checkpoint, journal: Journal) -> None:
-    """Write the whole output folder under journal.final."""
-    folder = journal.final
+def assemble(
+    folder: Path,
+    format: Format,
+    quantization: Mapping[str, Any],
+    source: Checkpoint,
+    owners: Mapping[str, str],
+    packed: Mapping[str, Stored],
+) -> dict[str, str]:
+    """Write a whole checkpoint folder.
+
+    Args:
+        folder: made here.
+        quantization: the new quantization_config.
+        source: the checkpoint whose other tensors and files are copied.
+        owners: tensor of the source -> the layer that is packed anew and that it belongs to.
+        packed: the tensors of those layers, and others that take the place of the source's.
+
+    Returns:
+        sha256 of each weight file as it was written, by name.
+    """
     folder.mkdir()
-    write_shards(folder, tensors(plan, source, journal), SHARD_BYTES)
+    every = tensors(format, source, owners, packed)
+    if format.container == "gguf":
+        hashes = gguf_writer.write(folder / gguf_writer.SINGLE, every, source, quantization)
+    else:
+        hashes = write_shards(folder, every, SHARD_BYTES)
     carry_over(source.folder, folder)
-    quantization = plan.quantization_config()
-    declared = {"quantization_config": quantization} if plan.format.quantised else {}
-    write_json(folder / "config.json", {**source.config, **declared})
-    for name, value in plan.format.files(quantization).items():
+    plain = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    # a GGUF file says itself how its tensors are quantised; told in config.json, transformers would look for a
+    # quantiser and not for the file
+    named = format.quantised and format.container == "safetensors"
+    declared = {"quantization_config": quantization} if named else {}
+    write_json(folder / "config.json", {**plain, **declared})
+    for name, value in format.files(quantization).items():
         write_json(folder / name, value)
+    return hashes
 
 
-def tensors(plan: Plan, source: Checkpoint, journal: Journal) -> Iterator[tuple[str, Stored]]:
-    """Every tensor of the output, in the source's order, a packed layer's tensors in place of its weight."""
-    packed: dict[str, Stored] = {}
-    for block in range(len(plan.blocks)):
-        packed |= journal.tensors(block)
-    replaced = {linear.name for block in plan.blocks for linear in block}
+def tensors(
+    format: Format, source: Checkpoint, owners: Mapping[str, str], packed: Mapping[str, Stored]
+) -> Iterator[tuple[str, Stored]]:
+    """Every tensor of the output, in the source's order, a packed layer's in place of the first that it had there."""
+    written: set[str] = set()
     for name, stored in source.tensors.items():
-        layer = name.removesuffix(".weight")
-        if layer not in replaced:
+        layer = owners.get(name)
+        if layer is None:
             yield name, packed.get(name, stored)  # ours where a transform changed it
-            continue
-        for suffix in plan.format.suffixes:
-            if f"{layer}.{suffix}" in packed:
-                yield f"{layer}.{suffix}", packed[f"{layer}.{suffix}"]
+        elif layer not in written:
+            written.add(layer)
+            names = [f"{layer}.{suffix}" for suffix in format.suffixes]
+            yield from ((n, packed[n]) for n in names if n in packed)
 
 
 def carry_over(source: Path, folder: Path) -> None:
-    """Copy what is not a weight and not written by us: tokenizer, generation config, licence, model code."""
-    for file in sorted(source.iterdir()):
+    """Copy what is not a weight and not written by us: tokenizer, generation config, licence, model code.
+
+    A GGUF file has the tokenizer within; it is written as files.
+    """
+    place, extra = gguf_file.tokenizer_source(source)
+    if extra:
+        from transformers import AutoTokenizer
+
+        with quiet_transformers("its tokenizer cannot be loaded", str(source), "put tokenizer.json beside it"):
+            AutoTokenizer.from_pretrained(place, local_files_only=True, **extra).save_pretrained(folder)
+    for file in sorted(source.iterdir()) if source.is_dir() else ():
         skip = file.name.startswith(".") or file.name in _OWN_FILES or file.name.endswith(WEIGHT_FILES)
         if file.is_file() and not skip:
             shutil.copyfile(file, folder / file.name)

@@ -5,18 +5,22 @@ compress_checkpoint() is the whole system in one function; what it calls are the
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from compress import plan as planning
+from compress.asking import ask
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.evaluate.perplexity import evaluate
 from compress.formats import FORMATS
 from compress.hidden import Activations, batch_rows
+from compress.hub import push
 from compress.job import Clock, Job, Progress, Result, Status
 from compress.journal import Journal, check_output
 from compress.output import assemble
@@ -117,9 +121,17 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
             flow.close()
         records, changed, notes = journal.everything(len(plan.blocks))
         with clock("write"):
-            assemble(plan, weights.checkpoint, journal)
-        with clock("verify"):
-            proof = verify(journal.final, records, weights.checkpoint, job.trust_remote_code, changed)
+            stored = {n: s for block in range(len(plan.blocks)) for n, s in journal.tensors(block).items()}
+            config = plan.quantization_config()
+            hashes = assemble(journal.final, plan.format, config, weights.checkpoint, plan.owners(), stored)
+        proof = None
+        if job.verify:
+            with clock("verify"):
+                proof = verify(
+                    journal.final, records, weights.checkpoint, job.trust_remote_code, changed, hashes=hashes
+                )
+                answer = ask(journal.final, some_tokens(job), job.device, job.trust_remote_code)
+                proof = replace(proof, clients=(answer.line(),))
         score = original = None
         if job.text is not None:
             with clock("evaluate"):
@@ -133,10 +145,23 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
                     trust_remote_code=job.trust_remote_code,
                     step=lambda d, t: progress(Status("evaluate", d, t, layers, plan.layers)),
                 )
-        result = Result(job, plan, records, proof, score, original, clock.seconds, done, model.dtype, notes)
+        result = Result(
+            job, plan, records, proof, score, original, clock.seconds, done, model.dtype, notes, tuple(changed)
+        )
         finish(result, journal.final)
         journal.publish()
+    if job.push_to is not None:
+        progress(Status("upload", 0, 1, layers, plan.layers))
+        with clock("upload"):
+            push(job.out, job.push_to, job.push_public, job.overwrite)
     return result
+
+
+def some_tokens(job: Job) -> Tensor | None:
+    """Tokens on which the result may be compared with its client: calibration rows, or the evaluation text."""
+    if job.rows is not None:
+        return job.rows.tokens
+    return None if job.text is None else job.text.tokens
 
 
 def start_flow(model: BlockModel, plan: Plan, job: Job, spill: Path, rows_before: int | None) -> Activations | None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from compress import clients
+from compress import clients, gguf_writer
 from compress.blocks import ROUTERS, BlockModel, Linear
 from compress.errors import CompressError
 from compress.formats.base import Format, Held
@@ -94,6 +94,10 @@ class Plan:
         return [
             Held(x.name, x.param.removesuffix(".weight"), x.shape, self.storage(x), self.scale_dtype) for x in linears
         ]
+
+    def owners(self) -> dict[str, str]:
+        """Tensor of the source -> the layer that takes its place."""
+        return {f"{linear.name}.weight": linear.name for block in self.blocks for linear in block}
 
     def quantization_config(self) -> dict[str, Any]:
         """What config.json will say. Raises CompressError for a mix of layers that the format cannot tell apart."""
@@ -195,6 +199,8 @@ def make_plan(
         _device_estimate(model, chosen, recipe.needs),
     )
     plan.quantization_config()  # refuses now what could not be written later
+    if format.container == "gguf":
+        gguf_writer.refuse(weights.checkpoint)
     if target is not None:
         clients.refuse(target, format.name, plan.held())
     return plan

@@ -219,6 +219,7 @@ def _record(
         "figures": {k: float(v) for k, v in solved.figures.items()},
         "notes": notes,
         "sha256_dense": digest(dense),
+        **({"transposed": True} if linear.transposed and not plan.format.quantised else {}),
     }
 
 

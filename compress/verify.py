@@ -1,9 +1,9 @@
-"""Does the folder hold what the solver returned? Asked of the files, after every write."""
+"""Does the folder hold what the solver returned? Asked of the files, after every write and by `compress verify`."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,9 @@ from compress.errors import CompressError
 from compress.output import RECORD, WEIGHT_FILES, read_record
 from compress.weights import Weights
 
+_AGAIN = "run again with --fresh"
+_COPY = "copy the folder again"
+
 
 @dataclass(frozen=True)
 class Proof:
@@ -26,11 +29,15 @@ class Proof:
         layers: packed layers whose dequantised weights equal the solver's to the last bit.
         copied: dense tensors equal to the source's to the last byte.
         parameters: parameters of the model that the files fill, none missing.
+        files: weight files whose sha256 is that of the bytes that were sent to the disk.
+        clients: what each client that reads the format answered, or why it was not asked.
     """
 
     layers: int
     copied: int
     parameters: int
+    files: int = 0
+    clients: Sequence[str] = ()
 
 
 def digest(dense: Tensor) -> str:
@@ -40,10 +47,12 @@ def digest(dense: Tensor) -> str:
 
 def verify(
     folder: Path,
-    records: list[dict[str, Any]],
+    records: Sequence[Mapping[str, Any]],
     source: Checkpoint,
     trust_remote_code: bool = False,
     changed: Mapping[str, str] | None = None,
+    owned: Iterable[str] | None = None,
+    hashes: Mapping[str, str] | None = None,
 ) -> Proof:
     """Re-read a folder and compare.
 
@@ -51,35 +60,73 @@ def verify(
         records: with "name" and "sha256_dense" of each packed layer, as the solver returned it.
         source: the original, whose other tensors must have been copied.
         changed: sha256 of the dense tensors that a transform replaced, by name.
+        owned: tensors of the source that were packed anew; by default the weights of the layers in `records`.
+        hashes: sha256 of the weight files as they were written, by name.
 
     Raises:
         CompressError: the first difference.
     """
+    wrong_files(folder, hashes or {}, _AGAIN)
     written = Weights(Checkpoint.open(folder))
-    expected = {r["name"]: r["sha256_dense"] for r in records}
-    if written.packed != set(expected):
-        wrong = sorted(written.packed ^ set(expected))[0]
-        raise CompressError("packed in the files or in the records, not in both", wrong, "run again with --fresh")
-    for name, sha in expected.items():
-        if digest(written.read(name + ".weight")) != sha:
-            raise CompressError(
-                "the file does not dequantise to what the solver returned", name, "run again with --fresh"
-            )
+    layers(written, records, _AGAIN)
     model = BlockModel(written, torch.float32, torch.device("cpu"), trust_remote_code)
-    unused = set(model.unexpected)
     changed = changed or {}
     for name, sha in changed.items():
         if digest(written.checkpoint.read(name)) != sha:
-            raise CompressError("the file does not hold what the transform made", name, "run again with --fresh")
-    copied = [n for n in source.tensors if n.removesuffix(".weight") not in expected and n not in changed]
+            raise CompressError("the file does not hold what the transform made", name, _AGAIN)
+    gone = {f"{r['name']}.weight" for r in records} if owned is None else set(owned)
+    copied = [n for n in source.tensors if n not in gone and n not in changed]
     for name in copied:
         original = source.read(name)
-        found = written.checkpoint.tensors.get(name)
-        if found is None or tensor_bytes(written.checkpoint.read(name)) != tensor_bytes(original):
-            raise CompressError("the copied tensor is not the original's", name, "run again with --fresh")
-        if name not in unused and original.is_floating_point():
+        if not same(written, name, original):
+            raise CompressError("the copied tensor is not the original's", name, _AGAIN)
+        if name not in model.unexpected and original.is_floating_point():
             refuse_infinite(original, name)  # a pass that runs no activations has not looked at it
-    return Proof(len(expected), len(copied), sum(1 for _ in model.model.named_parameters()))
+    return Proof(len(records), len(copied), sum(1 for _ in model.model.named_parameters()), len(hashes or {}))
+
+
+def wrong_files(folder: Path, hashes: Mapping[str, str], remedy: str) -> None:
+    """Raise CompressError for the first file that is missing or does not have the sha256 that is listed."""
+    missing = [name for name in hashes if not (folder / name).is_file()]
+    if missing:
+        raise CompressError("the file is missing", str(folder / missing[0]), remedy)
+    found = hash_files([folder / name for name in hashes])
+    for name, sha in hashes.items():
+        if found[name] != sha:
+            raise CompressError("the file is not the one that was written (sha256)", str(folder / name), remedy)
+
+
+def layers(
+    written: Weights,
+    records: Sequence[Mapping[str, Any]],
+    remedy: str,
+    seen: Callable[[str, Tensor], None] = lambda name, dense: None,
+) -> None:
+    """Raise CompressError unless the packed layers are those recorded and dequantise to what was recorded.
+
+    Args:
+        seen: given each layer's name and dequantised weight [out, in].
+    """
+    expected = {str(r["name"]): r for r in records}
+    if written.format_name is not None and written.packed != set(expected):
+        wrong = sorted(written.packed ^ set(expected))[0]
+        raise CompressError("packed in the files or in the records, not in both", wrong, remedy)
+    for name, record in expected.items():
+        dense = written.read(name + ".weight")
+        if record.get("transposed"):
+            dense = dense.t().contiguous()
+        if digest(dense) != record.get("sha256_dense"):
+            raise CompressError("the file does not dequantise to what the solver returned", name, remedy)
+        seen(name, dense)
+
+
+def same(written: Weights, name: str, original: Tensor) -> bool:
+    """Whether a tensor was copied: the same bytes, or the same values in a wider dtype (GGUF's norms)."""
+    if name not in written.checkpoint.tensors:
+        return False
+    found = written.checkpoint.read(name)
+    wider = torch.promote_types(found.dtype, original.dtype) == found.dtype
+    return wider and found.shape == original.shape and tensor_bytes(found.to(original.dtype)) == tensor_bytes(original)
 
 
 def check_hashes(folder: Path) -> int:
@@ -93,17 +140,9 @@ def check_hashes(folder: Path) -> int:
         raise CompressError("no compress.json", str(folder), "only folders written by compress carry one")
     listed = record.get("sha256")
     if not isinstance(listed, dict) or not listed or any(Path(name).name != name for name in listed):
-        raise CompressError("lists no files of this folder", str(folder / RECORD), "copy the folder again")
-    missing = [name for name in listed if not (folder / name).is_file()]
-    if missing:
-        raise CompressError("the file is missing", str(folder / missing[0]), "copy the folder again")
+        raise CompressError("lists no files of this folder", str(folder / RECORD), _COPY)
     added = [f.name for f in sorted(folder.iterdir()) if f.name.endswith(WEIGHT_FILES) and f.name not in listed]
     if added:
         raise CompressError("was not written with the others", str(folder / added[0]), "remove it")
-    found = hash_files([folder / name for name in listed])
-    for name, sha in listed.items():
-        if found[name] != sha:
-            raise CompressError(
-                "the file is not the one that was written (sha256)", str(folder / name), "copy it again"
-            )
+    wrong_files(folder, listed, _COPY)
     return len(listed)

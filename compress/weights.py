@@ -12,8 +12,8 @@ from torch import Tensor
 from compress.checkpoint import Checkpoint, Stored
 from compress.errors import CompressError
 from compress.formats import of_config
-from compress.formats.base import Format
-from compress.types import Packed
+from compress.formats.base import Describing, Format
+from compress.types import Packed, Storage
 
 _REMEDY = "its quantization_config does not belong to its tensors: download it again"
 
@@ -52,6 +52,9 @@ class Weights:
             self._format, self._config = found
             with _fitting(checkpoint.folder / "config.json"):
                 self.packed = self._format.layers(checkpoint.tensors, self._config)
+                if isinstance(self._format, Describing):
+                    stored = {n: t.shape for n, t in checkpoint.tensors.items()}
+                    self._config = self._format.described(self._config, sorted(self.packed), stored, checkpoint.read)
 
     @property
     def folder(self) -> Path:
@@ -64,7 +67,7 @@ class Weights:
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Dense tensor name -> shape, from headers alone. Packed layers appear as "<name>.weight", [out, in]."""
-        owned = self._owned()
+        owned = self.owners()
         out = {n: t.shape for n, t in self.checkpoint.tensors.items() if n not in owned}
         for name in sorted(self.packed):
             assert self._format is not None
@@ -109,6 +112,23 @@ class Weights:
             raise CompressError(f"its codes are {list(packed.shape)}, not {list(shape)}", layer, _REMEDY)
         return packed
 
+    def storage(self, layer: str) -> Storage:
+        """How a packed layer is stored, from headers alone."""
+        assert self._format is not None
+        shapes = {s: t.shape for s, t in self._parts(layer).items()}
+        with _fitting(layer):
+            return self._format.storage(layer, shapes, self._config)
+
+    def stored_bytes(self, layer: str) -> int:
+        """Bytes on disk of a packed layer's tensors."""
+        return sum(t.nbytes for t in self._parts(layer).values())
+
+    def owners(self) -> dict[str, str]:
+        """Stored tensor -> the packed layer that it is a part of."""
+        if self._format is None:
+            return {}
+        return {f"{layer}.{s}": layer for layer in sorted(self.packed) for s in self._parts(layer)}
+
     def activations(self, layer: str) -> str:
         """How a layer's input is quantised when it runs, "" where it is not (see `Storage.activations`)."""
         if layer not in self.packed:
@@ -122,9 +142,3 @@ class Weights:
         assert self._format is not None
         names = {s: f"{layer}.{s}" for s in self._format.suffixes}
         return {s: self.checkpoint.tensors[n] for s, n in names.items() if n in self.checkpoint.tensors}
-
-    def _owned(self) -> set[str]:
-        """Every stored tensor that is part of a packed layer."""
-        if self._format is None:
-            return set()
-        return {f"{layer}.{suffix}" for layer in self.packed for suffix in self._format.suffixes}

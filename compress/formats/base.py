@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -101,6 +101,10 @@ class Format(Protocol):
         """The dtype in which a packed layer dequantises."""
         ...
 
+    def storage(self, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Storage:
+        """How a packed layer is stored, from the shapes of its tensors and the config alone."""
+        ...
+
     def activations(self, name: str, config: Mapping[str, Any]) -> str:
         """How a packed layer's input is quantised, see `Storage.activations`."""
         ...
@@ -119,6 +123,27 @@ class Format(Protocol):
 
     def files(self, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
         """Further JSON files to write beside config.json."""
+        ...
+
+
+@runtime_checkable
+class Describing(Protocol):
+    """A format some of whose tensors say what no header does: the shape of a layer, its block size."""
+
+    def described(
+        self,
+        config: Mapping[str, Any],
+        layers: Iterable[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+    ) -> Mapping[str, Any]:
+        """The quantization_config as `shape`, `dtype` and `storage` of this format want it.
+
+        Args:
+            layers: the packed ones.
+            shapes: of every stored tensor.
+            read: a stored tensor by its name.
+        """
         ...
 
 

@@ -53,6 +53,9 @@ class DenseFormat:
     def dtype(self, name: str, dtypes: Mapping[str, torch.dtype], config: Mapping[str, Any]) -> torch.dtype:
         return dtypes["weight"]
 
+    def storage(self, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Storage:
+        return Storage(Dense.kind, 16)
+
     def activations(self, name: str, config: Mapping[str, Any]) -> str:
         return ""
 

@@ -72,6 +72,9 @@ class Native:
     def dtype(self, name: str, dtypes: Mapping[str, torch.dtype], config: Mapping[str, Any]) -> torch.dtype:
         return _DTYPES[config["dtype"]]
 
+    def storage(self, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Storage:
+        return _entry(name, config)[0]
+
     def activations(self, name: str, config: Mapping[str, Any]) -> str:
         return _entry(name, config)[0].activations
 

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from compress.evaluate.perplexity import Score
     from compress.job import Job, Result, Status
     from compress.job import Progress as Report
+    from compress.verify import Proof
 
 _MB = 1e6
 
@@ -183,12 +184,8 @@ def print_result(result: Result) -> None:
         console.print(line, highlight=False, markup=False)
     for note in notes(result):
         console.print(f"note: {note}", highlight=False, markup=False)
-    proof = result.proof
-    console.print(
-        f"verified: {proof.layers} layers dequantise to the solver's weights, {proof.copied} tensors copied byte "
-        f"for byte, {proof.parameters} parameters filled",
-        highlight=False,
-    )
+    for line in proof_lines(result.proof):
+        console.print(line, highlight=False, markup=False)
     if score is not None and result.job.text is not None:
         console.print(
             f"text: {result.job.text.source}; {result.job.text.protocol}; BOS: {result.job.text.bos}",
@@ -198,6 +195,17 @@ def print_result(result: Result) -> None:
     hub = "/" in result.job.origin or result.job.origin == "bundled"
     against = result.job.origin if hub else result.job.source
     console.print(f"next: compress eval {result.job.out} --against {against}", highlight=False, soft_wrap=True)
+
+
+def proof_lines(proof: Proof | None) -> list[str]:
+    """What was verified."""
+    if proof is None:
+        return ["not verified (--no-verify)"]
+    first = (
+        f"verified: {proof.layers} layers dequantise to the solver's weights, {proof.copied} tensors copied byte "
+        f"for byte, {proof.parameters} parameters filled"
+    )
+    return [first, *proof.clients]
 
 
 def score_json(score: Score, base: Score | None, text: EvalText) -> dict[str, Any]:

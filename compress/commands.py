@@ -1,0 +1,142 @@
+"""The sub-commands that run no method: they read checkpoints, compare them, move them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+_Model = Annotated[str, typer.Argument(help="model folder, hub id, or 'bundled'")]
+_Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+_Quiet = Annotated[bool, typer.Option(help="no progress line")]
+_Code = Annotated[bool, typer.Option(help="run model code that comes with the checkpoint")]
+_Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1; default: cuda if there is one")]  # noqa: UP045
+
+
+def hidden(quiet: bool, as_json: bool) -> bool:
+    """No progress line where nobody sees it move: a log would get a blank line."""
+    return quiet or as_json or not sys.stderr.isatty()
+
+
+def eval_command(
+    model: _Model,
+    text: Annotated[
+        str, typer.Option(help="recipe (wikitext2, c4, ptb, bundled), file, folder or hub data set")
+    ] = "wikitext2",
+    against: Annotated[Optional[str], typer.Option(help="the original: adds KL divergence and top-1 agreement")] = None,  # noqa: UP045
+    window: Annotated[
+        int | None, typer.Option(help="tokens a window; default: 2048, or the context if shorter")
+    ] = None,
+    device: _Device = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    trust_remote_code: _Code = False,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Perplexity of any checkpoint by the GPTQ papers' protocol, streamed block by block."""
+    from compress import api
+    from compress.report import screen
+
+    with screen.progress_line(hidden(quiet, as_json)) as progress:
+        score, base, used = api.score(
+            model,
+            text,
+            against=against,
+            window=window,
+            device=device,
+            dtype=dtype,
+            trust_remote_code=trust_remote_code,
+            progress=progress,
+        )
+    if as_json:
+        print(json.dumps(screen.score_json(score, base, used), indent=2))
+    else:
+        screen.print_scores(model, score, base, used)
+
+
+def inspect_command(model: _Model, as_json: _Json = False) -> None:
+    """What a checkpoint holds: of each packed layer the kind, bits, groups, bytes and bits a weight. Any tool's."""
+    from compress.api import find_model
+    from compress.inventory import inventory
+    from compress.report import files
+
+    found = inventory(find_model(model))
+    print(json.dumps(found.as_json(), indent=2)) if as_json else files.print_inventory(found)
+
+
+def verify_command(
+    model: _Model,
+    against: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="the original: its other tensors must be there, and each layer's distance from it is told"),
+    ] = None,
+    no_client: Annotated[
+        bool, typer.Option("--no-client", help="do not load it through the client that reads its format")
+    ] = False,
+    device: _Device = None,
+    trust_remote_code: _Code = False,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Check a checkpoint: sha256 of its files, every packed layer, every parameter, and what its client makes of it."""
+    from compress import api
+    from compress.examine import examine
+    from compress.job import Status
+    from compress.report import files, screen
+
+    folder = api.find_model(model)
+    original = None if against is None else api.find_model(against)
+    with screen.progress_line(hidden(quiet, as_json)) as progress:
+        lines = examine(
+            folder,
+            original,
+            client=not no_client,
+            device=api.find_device(device),
+            trust_remote_code=trust_remote_code,
+            step=lambda done, total: progress(Status("verify", done, total)),
+        )
+    print(json.dumps({"checked": lines}, indent=2)) if as_json else files.print_checks(str(folder), lines)
+
+
+def export_command(
+    model: _Model,
+    format: Annotated[str, typer.Option(help="compressed-tensors, gptq, gptq_v2, bitsandbytes, gguf, native, dense")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("-o", "--out", help="output folder; default: MODEL-FORMAT here"),
+    ] = None,
+    lossy: Annotated[
+        bool, typer.Option("--lossy", help="go on where the other format rounds or drops something")
+    ] = False,
+    target: Annotated[Optional[str], typer.Option(help="the client that must load the result")] = None,  # noqa: UP045
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="do not read the result back")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
+    device: _Device = None,
+    trust_remote_code: _Code = False,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Move a packed checkpoint to another format: the same codes and scales; what would be lost is said first."""
+    from compress import api
+    from compress.export import export
+    from compress.job import Status
+    from compress.report import files, screen
+
+    folder = api.find_model(model)
+    with screen.progress_line(hidden(quiet, as_json)) as progress:
+        done = export(
+            folder,
+            out or Path(f"{folder.name}-{format}"),
+            format,
+            lossy=lossy,
+            target=target,
+            overwrite=overwrite,
+            check=not no_verify,
+            device=api.find_device(device),
+            trust_remote_code=trust_remote_code,
+            step=lambda done, total: progress(Status("export", done, total)),
+        )
+    print(json.dumps(done.as_json(), indent=2)) if as_json else files.print_export(done)
