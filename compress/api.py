@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress import gguf_file
 from compress.assets import folder
 from compress.calibration import EvalText, Rows, calibration_rows, evaluation_tokens
 from compress.checkpoint import Checkpoint
@@ -20,6 +21,7 @@ from compress.clients import pick
 from compress.errors import CompressError
 from compress.evaluate.perplexity import Score, cut_windows, evaluate
 from compress.formats import FORMATS
+from compress.hub import check_push
 from compress.job import Job, Progress, Result, Status
 from compress.journal import check_output
 from compress.options import Options
@@ -31,7 +33,8 @@ from compress.types import Pass, Transform
 
 BUNDLED = "bundled"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "LICENSE*", "README.md", "tokenizer*"]
+_HUB_FILES = ["*.safetensors", "*.json", "*.model", "*.txt", "*.jinja", "*.py", "README.md", "tokenizer*"]
+_HUB_FILES += ["LICEN[CS]E*", "licen[cs]e*", "NOTICE*", "COPYING*", "*POLICY*"]  # what a licence wants to go along
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -82,6 +85,7 @@ def make_job(model: str, method: Pass | Transform | Recipe, options: Options, dr
     if not dry:
         check_output(out, options.overwrite, source)
         check_room(out, 0)
+    push_to = None if options.push_to is None else check_push(options.push_to, options.overwrite, dry)
     rows, text = (None, None) if dry else _texts(source, recipe, options, device, longest)
     return Job(
         source=source,
@@ -99,11 +103,15 @@ def make_job(model: str, method: Pass | Transform | Recipe, options: Options, dr
         target=options.target,
         lm_head=options.lm_head,
         seed=options.seed,
+        verify=not options.no_verify,
+        client=not options.no_client,
         origin=name if Path(model).exists() else model,
         overwrite=options.overwrite,
         fresh=options.fresh,
         allow_pickle=options.allow_pickle,
         trust_remote_code=options.trust_remote_code,
+        push_to=push_to,
+        push_public=options.push_public,
     )
 
 
@@ -130,7 +138,7 @@ def _texts(
 
 
 def find_model(model: str, allow_pickle: bool = False) -> Path:
-    """The folder of a model: itself, the bundled one, or a snapshot from the hub.
+    """The folder of a model (or a GGUF file alone): itself, the bundled one, or a snapshot from the hub.
 
     Raises:
         CompressError: no such folder; the hub has no such model or cannot be reached.
@@ -140,8 +148,10 @@ def find_model(model: str, allow_pickle: bool = False) -> Path:
     path = Path(os.path.expanduser(model))
     if path.is_dir():
         return path
+    if path.is_file() and path.suffix == ".gguf":
+        return gguf_file.model_place(path)
     if path.is_file():
-        raise CompressError("is a file", model, "pass the model's folder")
+        raise CompressError("is a file", model, "pass the model's folder, or a .gguf file")
     if model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model) or model.count("/") > 1:
         raise CompressError("no such folder", model, "pass a model folder or a hub id such as org/name")
     from huggingface_hub import snapshot_download
@@ -194,8 +204,9 @@ def load_tokenizer(source: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     remedy = "the folder needs tokenizer.json and tokenizer_config.json (--trust-remote-code if its code is its own)"
+    place, extra = gguf_file.tokenizer_source(source)
     with quiet_transformers("its tokenizer cannot be loaded", str(source), remedy):
-        made = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code, local_files_only=True)
+        made = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, local_files_only=True, **extra)
         made("Some settings fail only when they are used: \u6f22\u5b57 \u00e9 \N{SNOWMAN}")
     return made
 

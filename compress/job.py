@@ -36,7 +36,8 @@ class Job:
         blocks: the blocks to compress, "0-3,-1"; "" for all.
         lm_head: compress the output head too.
         seed: recorded; the rows were drawn with it.
-        verify: read the result back and ask its client; see verify.py and asking.py.
+        verify: read the result back (verify.py).
+        client: and load it whole through the client that reads its format, where it fits in memory (asking.py).
         origin: what the user called the model (a hub id), for the records.
         push_to: the hub repository that the finished folder is uploaded to.
         push_public: a repository that does not exist yet is made public.
@@ -59,6 +60,7 @@ class Job:
     seed: int = 0
     origin: str = ""
     verify: bool = True
+    client: bool = True
     overwrite: bool = False
     fresh: bool = False
     allow_pickle: bool = False

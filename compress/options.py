@@ -47,6 +47,7 @@ class Options:
     device: str | None = _option(None, "cpu, cuda, cuda:1; default: cuda if there is one")
     dtype: str = _option("auto", "auto, float32, bfloat16 or float16: precision in which blocks run")
     no_verify: bool = _option(False, "do not read the result back, and do not load it through its client")
+    no_client: bool = _option(False, "do not load the result whole through the client that reads its format")
     overwrite: bool = _option(False, "replace an existing output once the new one is complete")
     fresh: bool = _option(False, "start over instead of going on with a stopped run")
     allow_pickle: bool = _option(False, "read pytorch_model.bin through torch's weights-only unpickler")

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from compress import plan as planning
 from compress.asking import ask
@@ -28,7 +27,7 @@ from compress.plan import Plan
 from compress.report import finish
 from compress.solve import compress_block, survey_model
 from compress.types import moved
-from compress.verify import verify
+from compress.verify import Proof, verify
 from compress.weights import Weights
 
 
@@ -124,14 +123,8 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
             stored = {n: s for block in range(len(plan.blocks)) for n, s in journal.tensors(block).items()}
             config = plan.quantization_config()
             hashes = assemble(journal.final, plan.format, config, weights.checkpoint, plan.owners(), stored)
-        proof = None
-        if job.verify:
-            with clock("verify"):
-                proof = verify(
-                    journal.final, records, weights.checkpoint, job.trust_remote_code, changed, hashes=hashes
-                )
-                answer = ask(journal.final, some_tokens(job), job.device, job.trust_remote_code)
-                proof = replace(proof, clients=(answer.line(),))
+        with clock("verify"):
+            proof = prove(job, journal.final, records, weights.checkpoint, changed, hashes) if job.verify else None
         score = original = None
         if job.text is not None:
             with clock("evaluate"):
@@ -157,11 +150,21 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
     return result
 
 
-def some_tokens(job: Job) -> Tensor | None:
-    """Tokens on which the result may be compared with its client: calibration rows, or the evaluation text."""
-    if job.rows is not None:
-        return job.rows.tokens
-    return None if job.text is None else job.text.tokens
+def prove(
+    job: Job,
+    folder: Path,
+    records: list[dict[str, Any]],
+    source: Checkpoint,
+    changed: dict[str, str],
+    hashes: dict[str, str],
+) -> Proof:
+    """Read the written folder back, and load it through its client. Raises CompressError for the first difference."""
+    proof = verify(folder, records, source, job.trust_remote_code, changed, hashes=hashes)
+    if not job.client:
+        return proof
+    text = None if job.text is None else job.text.tokens
+    tokens = text if job.rows is None else job.rows.tokens
+    return replace(proof, clients=(ask(folder, tokens, job.device, job.trust_remote_code).line(),))
 
 
 def start_flow(model: BlockModel, plan: Plan, job: Job, spill: Path, rows_before: int | None) -> Activations | None:

@@ -92,19 +92,19 @@ class Weights:
                 return self._format.dtype(layer, dtypes, self._config)
         return self.checkpoint.tensors[name].torch_dtype
 
-    def read(self, name: str) -> Tensor:
-        """A dense tensor; packed layers come dequantised as [out, in]."""
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """A dense tensor; packed layers come dequantised as [out, in], unpacked on `device`."""
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and layer in self.packed:
-            packed = self.read_packed(layer)
+            packed = self.read_packed(layer, device)
             with _fitting(layer):
                 return packed.dequantize()
-        return self.checkpoint.read(name)
+        return self.checkpoint.read(name).to(device)
 
-    def read_packed(self, layer: str) -> Packed:
-        """A packed layer by its name without ".weight"."""
+    def read_packed(self, layer: str, device: torch.device | str = "cpu") -> Packed:
+        """A packed layer by its name without ".weight", its tensors on `device`."""
         assert self._format is not None
-        parts = {s: self.checkpoint.read(f"{layer}.{s}") for s in self._parts(layer)}
+        parts = {s: self.checkpoint.read(f"{layer}.{s}").to(device) for s in self._parts(layer)}
         with _fitting(layer):
             packed = self._format.unpack(layer, parts, self._config)
         shape = self.shapes_cache()[layer + ".weight"]

@@ -18,6 +18,28 @@ WORDS = (
 ).split()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def unasked():  # type: ignore[no-untyped-def]
+    """Runs do not load their result through transformers, which would take longer than they do; but see `asking`."""
+    from compress import pipeline
+    from compress.asking import Answer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "ask", lambda *given: Answer("transformers", reason="this is a test of something else"))
+        yield
+
+
+@pytest.fixture(scope="module")
+def asking(unasked):  # type: ignore[no-untyped-def]
+    """Runs of this module do."""
+    from compress import pipeline
+    from compress.asking import ask
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "ask", ask)
+        yield
+
+
 def make_text(words: int, seed: int = 0) -> str:
     """Sentences of seeded random words: enough structure to tokenise, never the same twice."""
     generator = torch.Generator().manual_seed(seed)

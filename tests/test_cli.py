@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 import compress
-from compress import api, checkpoint, cli, pipeline
+from compress import api, checkpoint, cli, commands, pipeline
 from compress.errors import CompressError
 from compress.options import Options
 from compress.passes import PASSES, load
@@ -233,11 +233,11 @@ def test_default_output_name(line: Line, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert not cli._hidden(quiet=False, as_json=False)
-    assert cli._hidden(quiet=True, as_json=False)
-    assert cli._hidden(quiet=False, as_json=True)
+    assert not commands.hidden(quiet=False, as_json=False)
+    assert commands.hidden(quiet=True, as_json=False)
+    assert commands.hidden(quiet=False, as_json=True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    assert cli._hidden(quiet=False, as_json=False)
+    assert commands.hidden(quiet=False, as_json=False)
 
 
 def test_demo_refuses_unknown_models(line: Line) -> None:

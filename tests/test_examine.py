@@ -13,16 +13,19 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress import asking, cli
+from compress import asking as client
+from compress import cli
 from compress.errors import CompressError
 from compress.examine import examine
 from compress.inventory import describe, inventory
 from compress.recipe import make_recipe
 from compress.types import Storage
 
+pytestmark = pytest.mark.usefixtures("asking")
+
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Path:
+def written(asking: None, tmp_path_factory: pytest.TempPathFactory, toy: Path) -> Path:
     out = tmp_path_factory.mktemp("written") / "ct"
     compress.run(toy, compress.RTN(group_size=32), out, no_eval=True, device="cpu")
     return out
@@ -192,14 +195,14 @@ def test_a_client_that_fails(toy: Path, tmp_path: Path, monkeypatch: Any, fault:
 
 
 def test_a_client_that_is_not_there(written: Path, monkeypatch: Any) -> None:
-    monkeypatch.setitem(asking._PACKAGES, "compressed-tensors", ("no_such_package_here",))
-    answer = asking.ask(written, None, torch.device("cpu"))
+    monkeypatch.setitem(client._PACKAGES, "compressed-tensors", ("no_such_package_here",))
+    answer = client.ask(written, None, torch.device("cpu"))
     assert answer.line().endswith("was not asked: it needs no_such_package_here, not installed here")
 
 
 def test_a_model_that_does_not_fit(written: Path, monkeypatch: Any) -> None:
-    monkeypatch.setattr(asking, "_FULL", 0.0)
-    assert "are free" in asking.ask(written, None, torch.device("cpu")).line()
+    monkeypatch.setattr(client, "_FULL", 0.0)
+    assert "are free" in client.ask(written, None, torch.device("cpu")).line()
 
 
 # --- contents

@@ -93,6 +93,8 @@ def test_bundled_run_is_repeatable(method: compress.GPTQ, tmp_path: Path) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_every_method_on_the_gpu(line: str, dtype: torch.dtype) -> None:
     """On the GPU as on the CPU: the same loss, tensors that stay there, and the same product."""
+    from compress.formats import FORMATS
+    from compress.formats.base import Held, LayerShape
     from compress.recipe import Recipe, parse
     from compress.types import LayerStats, moved
 
@@ -112,3 +114,10 @@ def test_every_method_on_the_gpu(line: str, dtype: torch.dtype) -> None:
         assert torch.equal(torch.cat(halves), back.dequantize())
     inputs = torch.randn(40, 128, generator=g)
     assert torch.allclose(there.packed.linear(inputs.cuda()).cpu(), back.linear(inputs), rtol=1e-3, atol=1e-2)
+    for form in FORMATS.values():
+        shape = LayerShape("blocks.0.layer", 96, 128)
+        if form.quantised and form.why_not(back.storage, shape) is None:
+            config = form.config([Held("blocks.0.layer", "blocks.0.layer", (96, 128), back.storage, dtype)], [])
+            parts = {s: t.cuda() for s, t in form.pack(back).items()}
+            read = form.unpack("blocks.0.layer", parts, config)
+            assert torch.equal(read.dequantize().cpu(), form.unpack("blocks.0.layer", form.pack(back), config).dequantize())

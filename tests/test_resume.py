@@ -319,10 +319,10 @@ def test_two_at_once(runs: Runs, undisturbed: Any, capsys: pytest.CaptureFixture
     def stop_for_a_while() -> None:
         original = pipeline.assemble
 
-        def assemble(*args: Any) -> None:
+        def assemble(*args: Any) -> Any:
             while not (runs.root / "go").exists():
                 time.sleep(0.01)
-            original(*args)
+            return original(*args)
 
         pipeline.assemble = assemble
 

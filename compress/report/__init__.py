@@ -17,23 +17,18 @@ from compress.checkpoint import write_json, write_text
 from compress.formats import OWN, holders
 from compress.output import seal
 from compress.recipe import chained
+from compress.report import card
 
 if TYPE_CHECKING:
     from compress.evaluate.perplexity import Score
     from compress.job import Result
 
-_NEEDS = {
-    "compressed-tensors": "compressed-tensors accelerate",
-    "gptq": "gptqmodel optimum",
-    "gptq_v2": "gptqmodel optimum",
-    "native": "compress-llm",
-}
-
 
 def finish(result: Result, folder: Path) -> None:
     """Write the records of a run into its output folder; the sha256 list comes last."""
     record = make_record(result)
-    write_text(folder / "README.md", model_card(result, record))
+    gguf = next((f.name for f in sorted(folder.glob("*.gguf"))), None)
+    write_text(folder / "README.md", model_card(result, record, gguf))
     write_json(folder / "report.json", {**record, **timings(result)})
     seal(folder, record)
 
@@ -64,7 +59,7 @@ def make_record(result: Result) -> dict[str, Any]:
         "calibration": None
         if rows is None
         else {
-            "source": rows.source,
+            "source": card.text_name(rows.source),
             "samples": rows.tokens.shape[0],
             "seq_len": rows.tokens.shape[1],
             "sha256": rows.sha256,
@@ -81,14 +76,15 @@ def make_record(result: Result) -> dict[str, Any]:
         "evaluation": None
         if text is None or result.score is None or result.original is None
         else {
-            "text": text.source,
-            "protocol": text.protocol,
+            "text": card.text_name(text.source),
+            "protocol": card.protocol(text),
             "bos": text.bos,
             "dtype": str(result.dtype).removeprefix("torch."),
             "compressed": score_values(result.score),
             "original": score_values(result.original),
         },
-        "verified": dataclasses.asdict(result.proof),
+        "verified": None if result.proof is None else dataclasses.asdict(result.proof),
+        "changed": sorted(result.changed),
         "layers": result.records,
     }
 
@@ -150,6 +146,8 @@ def notes(result: Result) -> list[str]:
     out = [] if result.job.rows is None else list(result.job.rows.notes)
     out += merged(result.notes)
     out += _native_note(result)
+    damaged = card.source_card(result.job.source)[1]
+    out += [] if damaged is None else [damaged]
     count: dict[str, list[str]] = {}
     for record in result.records:
         for note in record["notes"]:
@@ -179,11 +177,19 @@ def _native_note(result: Result) -> list[str]:
         storage = chained(passes)
         if holders(storage) == [OWN]:
             return [f"written in the native format: no client's format holds the kind {storage.kind!r} as it is stored"]
+    found = {chained(passes) for passes in result.plan.choice.values()}
+    if not set.intersection(*(set(holders(storage)) - {OWN} for storage in found)):
+        kinds = ", ".join(sorted({repr(storage.kind) for storage in found}))
+        return [f"written in the native format: no client's format holds layers of the kinds {kinds} beside each other"]
     return []
 
 
-def model_card(result: Result, record: dict[str, Any]) -> str:
-    """README.md of the output folder."""
+def model_card(result: Result, record: dict[str, Any], gguf_file: str | None = None) -> str:
+    """README.md of the output folder.
+
+    Args:
+        gguf_file: the weights' file name where the format is GGUF.
+    """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     job, plan = result.job, result.plan
@@ -193,14 +199,13 @@ def model_card(result: Result, record: dict[str, Any]) -> str:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    title = job.out.name
+    environment.filters["line"] = card.one_line
+    name = job.push_to or card.one_line(job.out.name)
     return environment.get_template("card.md.j2").render(
-        title=title,
+        metadata=card.metadata(result, name),
+        title=name,
         source=job.origin,
-        base_model=job.origin if "/" in job.origin and not Path(job.origin).exists() else None,
-        license=source_license(job.source),
         method=plan.recipe.name,
-        format=plan.format.name,
         layers=plan.layers,
         bits_per_weight=stored_bits(result),
         packed=plan.packed_weights,
@@ -209,29 +214,13 @@ def model_card(result: Result, record: dict[str, Any]) -> str:
         bytes_after=bytes_after(result),
         score=result.score,
         original=result.original,
-        eval=job.text,
+        eval=record["evaluation"],
         dtype=str(result.dtype).removeprefix("torch."),
-        recipe="\n".join([*plan.recipe.lines(), f"format={plan.format.name} true_sequential={job.true_sequential}"]),
+        recipe=[*plan.recipe.lines(), f"format={plan.format.name} true_sequential={job.true_sequential}"],
         words=words(result),
         calibration=record["calibration"],
         seed=job.seed,
         versions=", ".join(f"{k} {v}" for k, v in {"compress": record["compress"], **record["versions"]}.items()),
         notes=notes(result),
-        needs=_NEEDS.get(plan.format.name, "compress-llm"),
+        load=card.load_snippet(plan.format.name, job.push_to or job.out.name, gguf_file),
     )
-
-
-def source_license(folder: Path) -> str | None:
-    """The licence named in the front matter of the source's model card."""
-    card = folder / "README.md"
-    if not card.exists():
-        return None
-    lines = card.read_text(encoding="utf-8", errors="replace").splitlines()
-    if not lines or lines[0].strip() != "---":
-        return None
-    for line in lines[1:]:
-        if line.strip() == "---":
-            return None
-        if line.startswith("license:"):
-            return line.partition(":")[2].strip() or None
-    return None

@@ -87,7 +87,7 @@ def child(depth: int) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         text = Path(scratch) / "eval.txt"
         text.write_text((HERE.parent.parent / "calib" / "text" / "heldout.txt").read_text()[:20000])
-        options = {"calib": "bundled", "eval": str(text), "samples": 16, "seq_len": 128}
+        options = {"calib": "bundled", "eval": str(text), "samples": 16, "seq_len": 128, "no_client": True}
         build(Path(scratch) / "one", 1)
         block = build(Path(scratch) / "real", depth)
         compress.run(Path(scratch) / "one", compress.GPTQ(bits=4), Path(scratch) / "a", **options)
