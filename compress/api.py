@@ -246,7 +246,9 @@ def self_text(
     def generate(samples: int, seq_len: int, seed: int) -> Tensor:
         from transformers import AutoModelForCausalLM
 
-        model = AutoModelForCausalLM.from_pretrained(source, dtype="auto", trust_remote_code=trust_remote_code)
+        file = gguf_file.find(source)
+        place, extra = (source, {}) if file is None else (file.parent, {"gguf_file": file.name})
+        model = AutoModelForCausalLM.from_pretrained(place, dtype="auto", trust_remote_code=trust_remote_code, **extra)
         model = model.to(device).eval()
         torch.manual_seed(seed)
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

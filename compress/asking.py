@@ -24,7 +24,7 @@ from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.evaluate.perplexity import final_states
-from compress.skeleton import quiet_transformers
+from compress.skeleton import load_config, quiet_transformers
 from compress.weights import Weights
 
 #: rows and tokens a row that are compared
@@ -86,7 +86,8 @@ def ask(folder: Path, tokens: Tensor | None, device: torch.device, trust_remote_
     absent = [p for p in _PACKAGES[format] if importlib.util.find_spec(p) is None]
     if absent:
         return Answer(client, reason=f"it needs {' and '.join(absent)}, not installed here")
-    dtype = model_dtype(weights)
+    # GGUF's scales are float16 and its readers multiply in float32: a 16-bit dtype would round the products twice
+    dtype = torch.float32 if format == "gguf" else model_dtype(weights)
     place, needed, free = _place(weights, dtype, device)
     if place is None:
         return Answer(
@@ -126,7 +127,12 @@ def _theirs(
 
     if format == "native":
         import compress.integration  # noqa: F401  # what `import compress` brings into transformers
-    more: dict[str, Any] = {"gguf_file": next(folder.glob("*.gguf")).name} if format == "gguf" else {}
+    more: dict[str, Any] = {}
+    if format == "gguf":
+        more["gguf_file"] = next(folder.glob("*.gguf")).name
+        config = load_config(folder, trust_remote_code)
+        if config.model_type != "mistral":  # it takes none for that; for others it would lose rope scaling on its way
+            more["config"] = config
     remedy = "this client cannot use it: choose another --format, or --no-verify keeps it all the same"
     silent = contextlib.redirect_stderr(io.StringIO())  # the clients' own progress bars
     with quiet_transformers("transformers does not load it", str(folder), remedy), silent:

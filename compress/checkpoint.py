@@ -47,11 +47,12 @@ class Stored:
     """Where one tensor's bytes lie.
 
     Attributes:
-        file: the safetensors file.
+        file: the safetensors or GGUF file.
         start: first byte in that file.
         nbytes: how many.
         dtype: safetensors' name of the dtype ("BF16").
         shape: as stored.
+        rope_heads: the rows lie in GGUF's order for so many heads, see `gguf_file`; 0: as they are.
     """
 
     file: Path
@@ -59,6 +60,7 @@ class Stored:
     nbytes: int
     dtype: str
     shape: tuple[int, ...]
+    rope_heads: int = 0
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -86,6 +88,16 @@ def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
     return value
 
 
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Raises ValueError for a name that comes twice, of which readers keep one or the other."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ValueError(f"{twice!r} comes twice in its header")
+    return found
+
+
 def read_header(path: Path) -> dict[str, Stored]:
     """The tensors of one safetensors file, every offset checked. Raises CompressError for anything malformed."""
     from safetensors import SafetensorError, safe_open
@@ -97,7 +109,7 @@ def read_header(path: Path) -> dict[str, Stored]:
             opened.keys()
         with path.open("rb") as f:
             length = int.from_bytes(f.read(8), "little")
-            header = json.loads(f.read(length))
+            header = json.loads(f.read(length), object_pairs_hook=_once)
     except (SafetensorError, OSError, ValueError) as error:
         what = f"these {path.stat().st_size} bytes are not a safetensors file ({error})"
         raise CompressError(what, str(path), "the file is damaged: download it again") from None
@@ -117,8 +129,8 @@ class Checkpoint:
     """A model folder on disk: config.json and the index of its tensors; tensors are read one at a time.
 
     Attributes:
-        folder: the model folder.
-        config: config.json.
+        folder: the model folder, or a GGUF file that stands alone.
+        config: config.json, or what the GGUF file says in its place.
         tensors: name -> where its bytes are.
     """
 
@@ -132,7 +144,7 @@ class Checkpoint:
         """Read config and headers; no weight is loaded.
 
         Args:
-            folder: holds config.json and safetensors files.
+            folder: holds config.json and safetensors files, or one GGUF file; or is a GGUF file.
             allow_pickle: also take pytorch_model.bin, through torch's weights-only unpickler.
             pickle_cache: where a pickled checkpoint is rewritten as safetensors; None: only names and shapes are
                 wanted, nothing is written and no tensor of it can be read.
@@ -140,6 +152,11 @@ class Checkpoint:
         Raises:
             CompressError: no such folder, nothing readable in it, a damaged file, an index that points outside.
         """
+        from compress import gguf_file  # which reads its tensors through this module
+
+        single = gguf_file.find(folder)
+        if single is not None:
+            return cls(folder, *gguf_file.read(folder, single))
         if not folder.is_dir():
             raise CompressError("no such folder", str(folder), "pass a model folder or a hub id such as org/name")
         config = read_json(folder / "config.json")
@@ -169,12 +186,13 @@ class Checkpoint:
         return read_tensor(self.tensors[name], name)
 
     def files(self) -> list[Path]:
-        """The safetensors files, sorted."""
+        """The safetensors files, or the GGUF file, sorted."""
         return sorted({t.file for t in self.tensors.values()})
 
     def fingerprint(self) -> dict[str, str]:
         """sha256 of config.json and of every weight file, by file name. Hashed in parallel."""
-        return hash_files([self.folder / "config.json", *self.files()])
+        config = self.folder / "config.json"
+        return hash_files([*([config] if config.is_file() else []), *self.files()])
 
 
 def read_into(file: Path, start: int, target: Tensor, what: str) -> None:
@@ -196,7 +214,21 @@ def read_tensor(stored: Stored, name: str = "") -> Tensor:
     """The tensor whose bytes `stored` names, in fresh memory. Raises CompressError when the file is too short."""
     flat = torch.empty(stored.nbytes, dtype=torch.uint8)
     read_into(stored.file, stored.start, flat, f"tensor {name}")
-    return flat.view(stored.torch_dtype).reshape(stored.shape)
+    found = flat.view(stored.torch_dtype).reshape(stored.shape)
+    return halves_apart(found, stored.rope_heads) if stored.rope_heads else found
+
+
+def halves_apart(rows: Tensor, heads: int) -> Tensor:
+    """Rows of q_proj or k_proj in transformers' order for rotary embeddings, from llama.cpp's for models named llama.
+
+    There the two numbers that are rotated together lie side by side, here half a head apart. Inverse: `side_by_side`.
+    """
+    return rows.reshape(heads, -1, 2, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
+
+
+def side_by_side(rows: Tensor, heads: int) -> Tensor:
+    """Inverse of `halves_apart`."""
+    return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
 def _weight_map(index: Path) -> dict[str, str]:
@@ -335,7 +367,10 @@ def _durably(path: Path, nbytes: int) -> Iterator[BinaryIO]:
         raise CompressError(what, str(path), remedy) from error
 
 
-def _file_chunks(stored: Stored) -> Iterator[bytes]:
+def _file_chunks(stored: Stored) -> Iterator[bytes | memoryview]:
+    if stored.rope_heads:
+        yield tensor_bytes(read_tensor(stored))
+        return
     with stored.file.open("rb") as f:
         f.seek(stored.start)
         left = stored.nbytes

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Sequence
 
 from compress.errors import CompressError
-from compress.formats import DEFAULT, OWN, holders
+from compress.formats import OWN, holders
 from compress.formats.base import Held
 from compress.types import Storage
 
@@ -19,22 +19,23 @@ _GROUPS = (-1, 32, 64, 128)
 
 #: by the name of --target, what it is
 CLIENTS = {
-    "transformers": "transformers 5.23, with compressed-tensors 0.18 or newer, or optimum and gptqmodel",
+    "transformers": "transformers 5.23, with compressed-tensors 0.18, bitsandbytes 0.50, or optimum and gptqmodel",
     "vllm": "vLLM 0.33",
     "sglang": "SGLang 0.5.23",
     "gptqmodel": "gptqmodel 7.7",
+    "llama.cpp": "llama.cpp, and what is built on it (GGUF files)",
 }
-#: what --format auto tries for a client, in this order
-_TRIED = ("compressed-tensors", "gptq", "gptq_v2")
+#: what --format auto tries, in this order
+_TRIED = ("compressed-tensors", "gptq", "gptq_v2", "bitsandbytes", "gguf")
 #: layers that a server runs as one, so that their parts must be stored alike
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 def pick(asked: str, storages: Iterable[Storage], client: str | None = None) -> str:
-    """The format's name: as asked; for "auto" one that the client reads, or the default, or our own.
+    """The format's name: as asked; for "auto" the first that holds every layer and that the client reads.
 
-    Our own is for what no client's format holds. Ordinary weights are picked for a client only where they are all that
-    it takes of a result: of one that is pruned and not quantised.
+    Our own is for what no client's format holds, as it is or beside the other layers. Ordinary weights are picked for a
+    client only where they are all that it takes of a result: of one that is pruned and not quantised.
     """
     if asked != "auto":
         return asked
@@ -45,7 +46,7 @@ def pick(asked: str, storages: Iterable[Storage], client: str | None = None) -> 
                 return name
         if all((s.inner or s).kind == "dense" for s in storages):
             return "dense"
-    return OWN if any(holders(s) == [OWN] for s in storages) else DEFAULT
+    return next((name for name in _TRIED if all(name in holders(s) for s in storages)), OWN)
 
 
 def why_not(client: str, format: str, storage: Storage) -> str | None:
@@ -55,6 +56,10 @@ def why_not(client: str, format: str, storage: Storage) -> str | None:
         client: a name in CLIENTS.
         format: a name in the FORMATS table.
     """
+    if client == "llama.cpp":
+        return None if format == "gguf" else f"{client} reads GGUF files only, not {format}: use --format gguf"
+    if format == "gguf":  # which transformers dequantises as it loads (gguf_file=)
+        return None if client == "transformers" else f"{client} does not read GGUF: use --format compressed-tensors"
     if format == "dense":
         return None
     if format == "native":
@@ -63,6 +68,9 @@ def why_not(client: str, format: str, storage: Storage) -> str | None:
         return None if format in _GPTQ else f"{client} does not read {format}: use --format gptq"
     if client == "transformers":
         return None
+    if format == "bitsandbytes":
+        what = "needs a plugin for bitsandbytes files" if client == "vllm" else "was not tried with bitsandbytes files"
+        return f"{client} {what}: use a method that compressed-tensors holds (compress methods)"
     return _server(client, format, storage)
 
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from compress import gguf_file
 from compress.checkpoint import read_json
 from compress.errors import CompressError
 from compress.weights import Weights
@@ -58,13 +59,17 @@ def _parameters_on_meta() -> Iterator[None]:
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """The model's transformers config without its quantization_config. Raises CompressError."""
+    """The model's transformers config without its quantization_config, of a GGUF file too. Raises CompressError."""
     from transformers import AutoConfig
 
     where = folder / "config.json"
-    _refuse_counts(read_json(where), str(where))
+    lone = gguf_file.lone_config(folder)
+    _refuse_counts(read_json(where) if lone is None else lone, str(where if lone is None else folder))
     with quiet_transformers("transformers cannot read it", str(where), _REMEDY):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        if lone is None:
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        else:
+            config = AutoConfig.for_model(**lone)
         text = config.get_text_config()
     if getattr(config, "quantization_config", None) is not None:
         del config.quantization_config

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,15 +19,19 @@ from compress.types import Packed, Storage
 _REMEDY = "its quantization_config does not belong to its tensors: download it again"
 
 
+_UNFIT = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+
+
 @contextmanager
 def _fitting(where: object) -> Iterator[None]:
     """Packed tensors read as a quantization_config says; what does not fit it, as one line.
 
-    A format that is told nonsense looks up keys that are not there and reshapes what has another size.
+    A format that is told nonsense looks up keys that are not there and reshapes what has another size; a kind that
+    asserts what its passes keep to finds that these tensors do not.
     """
     try:
         yield
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
+    except (*_UNFIT, AssertionError, re.error) as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CompressError(f"cannot be unpacked ({reason})", str(where), _REMEDY) from error
     except CompressError as error:

@@ -44,11 +44,13 @@ COMMANDS = {
     "spqr": "native",
     "spqr --bits 3 --group-size 32 --average-bits 3.6": "native",
     # data types and code books
-    "nf4": "native",
-    "nf4 --double-quant": "native",
+    "nf4": "bitsandbytes",
+    "nf4 --double-quant": "bitsandbytes",
+    "nf4 --format native": "native",
     "fp4": "native",
     "fp4 --variant e3m0": "native",
     "fp4 --variant e1m2": "native",
+    "fp4 --variant bnb": "bitsandbytes",
     "kmeans --bits 3": "native",
     "kmeans --bits 2 --group-size 64 --no-weighted": "native",
     # transforms

@@ -31,6 +31,9 @@ def storage(line: str) -> Storage:
         ("vllm", "native", "nf4", "compress methods"),
         ("sglang", "compressed-tensors", "rtn bits=2", "use --bits 4"),
         ("gptqmodel", "compressed-tensors", "gptq", "use --format gptq"),
+        ("vllm", "bitsandbytes", "nf4", "compress methods"),
+        ("sglang", "bitsandbytes", "nf4", "compress methods"),
+        ("gptqmodel", "bitsandbytes", "nf4", "use --format gptq"),
         ("transformers", "native", "spqr", "compress methods"),
     ],
 )
@@ -51,6 +54,8 @@ def test_refused(client: str, format: str, line: str, remedy: str) -> None:
         ("sglang", "gptq", "gptq act_order=groups group_size=64"),
         ("gptqmodel", "gptq", "gptq bits=3"),
         ("transformers", "compressed-tensors", "gptq bits=5"),
+        ("transformers", "bitsandbytes", "nf4"),
+        ("transformers", "bitsandbytes", "absmax activations=token"),
     ],
 )
 def test_taken(client: str, format: str, line: str) -> None:
@@ -78,8 +83,8 @@ def test_parts_of_a_fused_layer(client: str, toy: Path, tmp_path: Path) -> None:
         with pytest.raises(CompressError, match=r"q_proj, k_proj, v_proj as one layer, but \w+ and \w+ are stored"):
             compress.run(toy, mixed, tmp_path / "a", target=client, no_eval=True)
         compress.run(toy, apart, tmp_path / "b", target=client, no_eval=True)
-    elif client == "transformers":
+    elif client in ("transformers", "llama.cpp"):
         compress.run(toy, mixed, tmp_path / "a", target=client, no_eval=True)
     else:
-        with pytest.raises(CompressError, match="use --format gptq"):
+        with pytest.raises(CompressError, match="the GPTQ format holds one setting for all layers"):
             compress.run(toy, mixed, tmp_path / "a", target=client, no_eval=True)

@@ -7,8 +7,11 @@ from typing import Any
 
 from compress.errors import CompressError
 from compress.formats.base import Format, LayerShape
+from compress.formats.bitsandbytes import BitsAndBytes, declares
 from compress.formats.compressed_tensors import CompressedTensors
 from compress.formats.dense import DenseFormat
+from compress.formats.gguf import GGUF
+from compress.formats.gguf import METHOD as GGUF_METHOD
 from compress.formats.gptq import GPTQFormat
 from compress.formats.native import METHOD as NATIVE
 from compress.formats.native import Native
@@ -18,6 +21,8 @@ FORMATS: dict[str, Format] = {
     "compressed-tensors": CompressedTensors(),
     "gptq": GPTQFormat(1),
     "gptq_v2": GPTQFormat(2),
+    "bitsandbytes": BitsAndBytes(),
+    "gguf": GGUF(),
     "native": Native(),
     "dense": DenseFormat(),
 }
@@ -46,8 +51,12 @@ def of_config(config: Mapping[str, Any]) -> tuple[Format, Mapping[str, Any]] | N
     method = declared.get("quant_method") if isinstance(declared, dict) else None
     if method == NATIVE:
         return FORMATS["native"], declared
+    if isinstance(declared, dict) and declares(declared):
+        return FORMATS["bitsandbytes"], declared
     if method == "compressed-tensors":
         return FORMATS["compressed-tensors"], declared
+    if method == GGUF_METHOD:
+        return FORMATS["gguf"], declared
     if method == "gptq":
         label = declared.get("checkpoint_format") or declared.get("format") or "gptq"
         if label in FORMATS:

@@ -14,8 +14,9 @@ int-quantized: P.weight int8 [out, in] of codes less 128, P.weight_scale [out, 1
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -25,14 +26,18 @@ from compress import bits as bitpack
 from compress import grid
 from compress.errors import CompressError
 from compress.formats.base import Held, LayerShape, divisors_hint, marked
-from compress.packed.uniform import UniformGrid
+from compress.packed.uniform import UniformGrid, group_index
 from compress.types import Packed, Storage
 
 NAME = "compressed-tensors"
 METHOD = "compressed-tensors"
-SUFFIXES = ("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point")
+SUFFIXES = ("weight_packed", "weight", "weight_scale", "weight_shape", "weight_zero_point", "weight_g_idx")
 PACK, INT = "pack-quantized", "int-quantized"
+#: what is read: "naive-quantized" is int-quantized with other bits and groups; older files held zero points unpacked,
+#: zero points of symmetric layers, and a g_idx
+_READ = (PACK, INT, "naive-quantized")
 _EXPERTS = re.compile(r"\.experts\.")
+_PLACES = 10_000_000  # that a target's pattern may try in a name
 _FUSED_EXPERTS = re.compile(r"\.experts\.[^.\d][^.]*$")
 _ROUTERS = r".*\.(gate|router|shared_expert_gate)$"
 
@@ -97,33 +102,79 @@ class CompressedTensors:
     def unpack(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> UniformGrid:
         """Exact inverse of `pack`. `config` is the checkpoint's quantization_config."""
         group = _group_of(name, config)
-        weights = group["weights"]
-        bits, size = int(weights["num_bits"]), weights.get("group_size")
-        if _kind(group, config) == INT:
-            return _read_int(name, tensors, weights, _activations(name, group))
-        out, columns = (int(n) for n in tensors["weight_shape"])
-        scales = tensors["weight_scale"]
-        zeros = None
-        if "weight_zero_point" in tensors:
-            zeros = bitpack.unpack(tensors["weight_zero_point"].t().contiguous(), bits, out).t().contiguous()
-        codes = bitpack.unpack(tensors["weight_packed"], bits, columns)
-        return UniformGrid(codes, scales, zeros, bits, -1 if size is None else int(size))
+        weights, activations = group["weights"], _activations(name, group)
+        bits, size = int(weights["num_bits"]), _group_size(name, weights)
+        if "weight" in tensors:
+            codes = _from_signed(name, tensors["weight"], bits)
+        else:
+            columns = int(tensors["weight_shape"][1])
+            words = tensors["weight_packed"].shape[-1]
+            if words != bitpack.words(columns, bits):
+                what = f"{words} words a row cannot hold {columns} codes of {bits} bits, densely packed"
+                raise CompressError(
+                    what, name, "compressed-tensors before 0.18 padded 3, 5, 6 and 7 bits: make it again"
+                )
+            codes = bitpack.unpack(tensors["weight_packed"], bits, columns)
+        rows = len(codes)
+        scales = _per_row(tensors["weight_scale"], rows, size)
+        zeros = None if weights.get("symmetric", True) else _zeros(name, tensors, rows, bits, size)
+        if activations and (bits, size) != (8, -1):
+            what = f"inputs in 8 bits beside weights of {bits} bits in groups of {size} cannot be read"
+            raise CompressError(what, name, "8-bit weights with a scale a row can")
+        g_idx = tensors.get("weight_g_idx")
+        if g_idx is None and weights.get("actorder") == "group":
+            raise CompressError("actorder 'group' without weight_g_idx cannot be read", name)
+        if g_idx is not None:
+            ordered = (
+                size != -1
+                and bool((g_idx >= 0).all())
+                and not torch.equal(g_idx.long(), group_index(codes.shape[1], size, g_idx.device))
+            )
+            g_idx = g_idx.to(torch.int32) if ordered else None
+        return UniformGrid(codes, scales, zeros, bits, size, g_idx, activations)
+
+    def described(
+        self,
+        config: Mapping[str, Any],
+        layers: Iterable[str],
+        shapes: Mapping[str, tuple[int, ...]],
+        read: Callable[[str], Tensor],
+    ) -> Mapping[str, Any]:
+        """The config with "shapes": (out, in) by name where the last word of a row may be part empty."""
+        found = {}
+        for layer in layers:
+            if f"{layer}.weight_packed" in shapes and shapes.get(f"{layer}.weight_shape") == (2,):
+                weights = _group_of(layer, config)["weights"]
+                if _group_size(layer, weights) == -1:
+                    found[layer] = tuple(int(n) for n in read(f"{layer}.weight_shape").tolist())
+        return {**config, "shapes": found}
 
     def shape(self, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> tuple[int, int]:
-        """(out, in) of a stored layer from its headers. Exact where groups or the word count fix it."""
+        """(out, in) of a stored layer. Exact where groups fix it, or `described` has read it."""
         if "weight" in shapes:
             return shapes["weight"][0], shapes["weight"][1]
         out, words = shapes["weight_packed"]
         weights = _group_of(name, config)["weights"]
-        size = weights.get("group_size")
-        groups = shapes["weight_scale"][1] if len(shapes["weight_scale"]) > 1 else 1
-        return out, groups * int(size) if size not in (None, -1) else words * 32 // int(weights["num_bits"])
+        bits, size = int(weights["num_bits"]), _group_size(name, weights)
+        if size != -1:
+            return out, shapes["weight_scale"][1] * size
+        columns = config.get("shapes", {}).get(name, (out, words * 32 // bits))[1]
+        if bitpack.words(columns, bits) != words:
+            raise CompressError(f"{words} words a row do not hold {columns} codes of {bits} bits", name)
+        return out, columns
 
     def layers(self, names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
         return marked(names, "weight_scale", NAME)
 
     def dtype(self, name: str, dtypes: Mapping[str, torch.dtype], config: Mapping[str, Any]) -> torch.dtype:
         return dtypes["weight_scale"]
+
+    def storage(self, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Storage:
+        group = _group_of(name, config)
+        weights = group["weights"]
+        symmetric, ordered = bool(weights.get("symmetric", True)), weights.get("actorder") == "group"
+        size, activations = _group_size(name, weights), _activations(name, group)
+        return Storage(UniformGrid.kind, int(weights["num_bits"]), size, symmetric, ordered, activations)
 
     def activations(self, name: str, config: Mapping[str, Any]) -> str:
         return _activations(name, _group_of(name, config))
@@ -191,37 +242,55 @@ def _overall(formats: Iterable[str]) -> str:
 
 
 def _group_of(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The config group that a layer belongs to."""
+    """The config group that a layer belongs to: by its exact name, by a pattern, by its class, in this order."""
     status, fmt = config.get("quantization_status"), config.get("format")
-    if status != "compressed" or fmt not in (PACK, INT, "mixed-precision"):
+    if status != "compressed" or fmt not in (*_READ, "mixed-precision"):
         raise CompressError(
             f"compressed-tensors with format {fmt!r} and status {status!r} cannot be read",
             name,
             "pack-quantized and int-quantized files with status 'compressed' can",
         )
-    groups = list(config["config_groups"].values())
-    for group in groups:
-        for target in group["targets"]:
-            pattern = target[3:] if target.startswith("re:") else re.escape(target) + "$"
-            if re.match(pattern, name):
-                return _checked(name, group)
-    for group in groups:
-        if "Linear" in group["targets"]:
-            return _checked(name, group)
+    groups = {target: g for g in config["config_groups"].values() if g.get("weights") for target in g["targets"]}
+    for target in sorted(groups, key=lambda t: ("re:" in t, t)):  # the order of compressed-tensors' own match_targets
+        if target == name or (target.startswith("re:") and _fits(target[3:], name)):
+            return _checked(name, groups[target], config)
+    for target in ("Linear", "LinearBase"):
+        if target in groups:
+            return _checked(name, groups[target], config)
     raise CompressError("no config group of config.json names this layer", name, "the checkpoint is inconsistent")
 
 
-def _kind(group: Mapping[str, Any], config: Mapping[str, Any]) -> str:
-    return str(group.get("format") or config["format"])
+def _fits(pattern: str, name: str) -> bool:
+    """Whether a target's pattern is this layer's. Raises CompressError for one that could take for ever.
+
+    The library backtracks: a repeated group takes time that is exponential in the name's length, and several open ends
+    as many places as they can share the name in.
+    """
+    ends = len(re.findall(r"[*+]|\{\d*,", pattern))
+    if re.search(r"\)[*+{]", pattern) or math.comb(len(name) + ends, ends) > _PLACES:
+        raise CompressError(f"the target {pattern[:80]!r} may take for ever", name, "name its layers more plainly")
+    return re.match(pattern, name) is not None
 
 
-def _checked(name: str, group: Mapping[str, Any]) -> Mapping[str, Any]:
+def _checked(name: str, group: Mapping[str, Any], config: Mapping[str, Any]) -> Mapping[str, Any]:
     weights: Mapping[str, Any] = group["weights"]
-    if group.get("format", PACK) not in (PACK, INT, None) or weights.get("type", "int") != "int":
-        raise CompressError(f"format {group.get('format')!r} of type {weights.get('type')!r} cannot be read", name)
-    if weights.get("actorder") == "group":
-        raise CompressError("actorder 'group' cannot be read", name, "current readers refuse it as well")
+    fmt, kind = group.get("format") or config["format"], weights.get("type", "int")
+    if fmt not in _READ or kind != "int" or not 1 < int(weights["num_bits"]) < 9:
+        what = f"format {fmt!r} with {weights['num_bits']} bits of type {kind!r} cannot be read"
+        raise CompressError(what, name, "integers of 2 to 8 bits can")
     return group
+
+
+def _group_size(name: str, weights: Mapping[str, Any]) -> int:
+    """Columns that share a scale; -1 for a row, and for the whole tensor."""
+    size, strategy = weights.get("group_size"), weights.get("strategy")
+    if strategy is None:  # compressed-tensors' own rule
+        strategy = "tensor" if size is None else "channel" if size == -1 else "group"
+    if strategy in ("channel", "tensor"):
+        return -1
+    if strategy != "group" or not isinstance(size, int) or size < 1:
+        raise CompressError(f"strategy {strategy!r} with group size {size!r} cannot be read", name)
+    return size
 
 
 def _activations(name: str, group: Mapping[str, Any]) -> str:
@@ -236,15 +305,26 @@ def _activations(name: str, group: Mapping[str, Any]) -> str:
     return "token" if given.get("symmetric", True) else "token_zeropoint"
 
 
-def _read_int(name: str, tensors: Mapping[str, Tensor], weights: Mapping[str, Any], activations: str) -> UniformGrid:
-    """An int-quantized layer: one signed byte a weight, a scale a row (or one for all rows)."""
-    if weights.get("strategy") not in ("channel", "tensor") or int(weights["num_bits"]) != 8:
-        what = f"int-quantized with {weights['num_bits']} bits and strategy {weights.get('strategy')!r} cannot be read"
-        raise CompressError(what, name, "8 bits by channel or tensor can")
-    codes = (tensors["weight"].to(torch.int16) + 128).to(torch.uint8)
-    rows = codes.shape[0]
-    scales = tensors["weight_scale"].reshape(-1, 1).expand(rows, 1).contiguous()
-    zeros = None
-    if "weight_zero_point" in tensors:
-        zeros = (tensors["weight_zero_point"].to(torch.int16) + 128).to(torch.uint8).reshape(-1, 1).expand(rows, 1)
-    return UniformGrid(codes, scales, zeros, 8, -1, None, activations)
+def _from_signed(name: str, values: Tensor, bits: int) -> Tensor:
+    """int8 numbers around zero -> uint8 codes from 0 up. Raises CompressError for one that the bits do not hold."""
+    half = 2 ** (bits - 1)
+    if values.dtype != torch.int8 or int(values.min()) < -half or int(values.max()) >= half:
+        raise CompressError(f"its {str(values.dtype).removeprefix('torch.')} numbers are not of {bits} bits", name)
+    codes: Tensor = (values.to(torch.int16) + half).to(torch.uint8)
+    return codes
+
+
+def _per_row(values: Tensor, rows: int, size: int) -> Tensor:
+    """Scales or zero points as [out, groups]; of a whole tensor there is one."""
+    if size != -1:
+        return values.contiguous()
+    return values.reshape(-1, 1).expand(rows, 1).contiguous()
+
+
+def _zeros(name: str, tensors: Mapping[str, Tensor], rows: int, bits: int, size: int) -> Tensor:
+    """uint8 [out, groups]: zero points, packed down the columns or, in older and int-quantized files, as int8."""
+    stored = tensors["weight_zero_point"]
+    if stored.dtype == torch.int32:
+        zeros: Tensor = bitpack.unpack(stored.t().contiguous(), bits, rows).t().contiguous()
+        return zeros
+    return _per_row(_from_signed(name, stored, bits), rows, size)

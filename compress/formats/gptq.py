@@ -76,6 +76,9 @@ class GPTQFormat:
             zeros = torch.full((out, groups), 2 ** (packed.bits - 1), dtype=torch.uint8, device=packed.codes.device)
         else:
             zeros = packed.zeros
+        if self.version == 1 and not bool((zeros > 0).all()):
+            what = f"{int((zeros == 0).sum())} of its zero points are 0, which version 1 of the format cannot hold"
+            raise CompressError(what, "", "use --format gptq_v2, or compressed-tensors")
         stored = zeros - 1 if self.version == 1 else zeros
         g_idx = packed.column_groups().to(torch.int32)
         return {
@@ -87,7 +90,8 @@ class GPTQFormat:
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> UniformGrid:
         """Exact inverse of `pack`. `config` is the checkpoint's quantization_config."""
-        bits, symmetric, size = int(config["bits"]), bool(config.get("sym", True)), int(config["group_size"])
+        given = _settings(name, config)
+        bits, symmetric, size = int(given["bits"]), bool(given.get("sym", True)), int(given["group_size"])
         columns, out = tensors["g_idx"].numel(), tensors["scales"].shape[1]
         codes = bitpack.unpack(tensors["qweight"].t().contiguous(), bits, columns)
         zeros = bitpack.unpack(tensors["qzeros"], bits, out).t().contiguous()
@@ -107,7 +111,7 @@ class GPTQFormat:
                 'set "checkpoint_format": "gptq" in config.json',
             )
         g_idx = tensors["g_idx"].to(torch.int32)
-        natural = torch.equal(g_idx.long(), group_index(columns, size))
+        natural = torch.equal(g_idx.long(), group_index(columns, size, g_idx.device))
         if symmetric and bool((zeros == middle).all()):
             stored_zeros = None
         else:
@@ -121,12 +125,17 @@ class GPTQFormat:
     def dtype(self, name: str, dtypes: Mapping[str, torch.dtype], config: Mapping[str, Any]) -> torch.dtype:
         return dtypes["scales"]
 
+    def storage(self, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> Storage:
+        given = _settings(name, config)
+        symmetric, ordered = bool(given.get("sym", True)), bool(given.get("desc_act", False))
+        return Storage(UniformGrid.kind, int(given["bits"]), int(given["group_size"]), symmetric, ordered)
+
     def activations(self, name: str, config: Mapping[str, Any]) -> str:
         return ""
 
     def shape(self, name: str, shapes: Mapping[str, tuple[int, ...]], config: Mapping[str, Any]) -> tuple[int, int]:
         """(out, in) of a stored layer from its headers."""
-        return shapes["qweight"][1], shapes["qweight"][0] * 32 // int(config["bits"])
+        return shapes["qweight"][1], shapes["qweight"][0] * 32 // int(_settings(name, config)["bits"])
 
     def config(self, layers: Sequence[Held], ignored: Sequence[str], dense_on_load: bool = False) -> dict[str, Any]:
         """quantization_config for config.json and quantize_config.json."""
@@ -170,6 +179,17 @@ class GPTQFormat:
     def files(self, quantization_config: Mapping[str, Any]) -> dict[str, Any]:
         """gptqmodel reads the same JSON from quantize_config.json."""
         return {"quantize_config.json": dict(quantization_config)}
+
+
+def _settings(name: str, config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The settings of a layer: gptqmodel's `dynamic` holds others by pattern, of which the first that fits counts."""
+    words = config.get("pack_dtype") or "int32"
+    if words != "int32":
+        raise CompressError(f"pack_dtype {words!r} cannot be read", name, "int32 can")
+    for pattern, own in (config.get("dynamic") or {}).items():
+        if not pattern.startswith("-:") and re.match(pattern.removeprefix("+:"), name):
+            return {**config, **own}
+    return config
 
 
 def _suffixes(names: Any) -> set[str]:

@@ -53,6 +53,7 @@ class Native:
 
     def unpack(self, name: str, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> Packed:
         storage, shape = _entry(name, config)
+        _refuse_sizes(storage, shape, sum(t.numel() * t.element_size() for t in tensors.values()))
         return KINDS[storage.kind].from_tensors(tensors, storage, shape, _DTYPES[config["dtype"]])
 
     def layers(self, names: Iterable[str], config: Mapping[str, Any]) -> set[str]:
@@ -97,3 +98,19 @@ def _entry(name: str, config: Mapping[str, Any]) -> tuple[Storage, tuple[int, in
     """Storage and (out, in) of a layer."""
     index, out, columns = config["layers"][name]
     return Storage.from_json(config["storages"][index]), (int(out), int(columns))
+
+
+def _refuse_sizes(storage: Storage, shape: tuple[int, int], stored: int) -> None:
+    """Raise ValueError for numbers of config.json that call for more memory than the tensors justify.
+
+    Args:
+        stored: bytes of the layer's tensors; no kind takes less than an eighth of a bit a weight.
+    """
+    if min(shape) < 1 or shape[0] * shape[1] > 64 * stored:
+        raise ValueError(f"{stored} bytes do not hold a weight of {list(shape)}")
+    layer: Storage | None = storage
+    while layer is not None:
+        numbers = [layer.bits, layer.group_size, *(v for _, v in layer.details if isinstance(v, int))]
+        if layer.bits < 1 or layer.bits > 32 or max(numbers) > max(4096, *shape):
+            raise ValueError(f"no layer of {list(shape)} is stored as {layer.as_json()}")
+        layer = layer.inner

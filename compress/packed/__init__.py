@@ -1,5 +1,6 @@
 """The kinds of packed weight: one file a kind, one line here."""
 
+from compress.packed.affine import Affine
 from compress.packed.bilevel import BiLevel
 from compress.packed.blockwise import Blockwise
 from compress.packed.codebook import Codebook
@@ -12,6 +13,7 @@ from compress.types import Packed
 
 KINDS: dict[str, type[Packed]] = {
     UniformGrid.kind: UniformGrid,
+    Affine.kind: Affine,
     BiLevel.kind: BiLevel,
     Blockwise.kind: Blockwise,
     Codebook.kind: Codebook,

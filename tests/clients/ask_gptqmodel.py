@@ -1,6 +1,7 @@
 """Run by gptqmodel's own Python: logits of checkpoints as its users load them.
 
-ask_gptqmodel.py OUT: OUT/job.json lists {"folder", "loader", "backend"}, OUT/tokens.safetensors holds the tokens;
+ask_gptqmodel.py OUT: OUT/job.json lists {"folder", "loader", "backend"} and perhaps "generate", how many tokens to go on;
+OUT/tokens.safetensors holds the tokens;
 writes OUT/<n>.safetensors, or OUT/<n>.error, for the n-th folder. Loaders: "transformers" is plain from_pretrained in
 float32 (through optimum and gptqmodel), "gptqmodel" is its own loader in float16.
 """
@@ -38,11 +39,16 @@ def main(out: Path) -> None:
     tokens = load_file(out / "tokens.safetensors")["tokens"]
     for n, ask in enumerate(json.loads((out / "job.json").read_text())):
         try:
+            new = ask.pop("generate", 0)
             model = load(**ask).eval()
             with torch.no_grad():
-                logits = model(tokens).logits.contiguous()
+                found = {"logits": model(tokens).logits.contiguous()}
+                if new:
+                    found["made"] = model.generate(tokens, max_new_tokens=new, do_sample=False)[:, tokens.shape[1] :]
             kernels = sorted({type(m).__name__ for m in model.modules() if hasattr(m, "qweight")})
-            save_file({"logits": logits}, out / f"{n}.safetensors", {"kernels": ", ".join(kernels)})
+            save_file(
+                {k: v.contiguous() for k, v in found.items()}, out / f"{n}.safetensors", {"kernels": ", ".join(kernels)}
+            )
         except Exception as error:
             last = "".join(traceback.format_tb(error.__traceback__, limit=-2))
             (out / f"{n}.error").write_text(f"{type(error).__name__}: {error}\n{last}")

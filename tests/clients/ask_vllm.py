@@ -15,21 +15,24 @@ from safetensors.torch import load_file, save_file
 from vllm import LLM, SamplingParams
 from vllm.distributed import cleanup_dist_env_and_memory
 
+#: tokens to go on with
+NEW = 12
 
-def ask(folder: str, prompt: list[int]) -> torch.Tensor:
-    """Log-probabilities of every token at every position of the prompt but the first."""
+
+def ask(folder: str, prompt: list[int]) -> dict[str, torch.Tensor]:
+    """Log-probabilities of every token at every position of the prompt but the first, and the tokens that follow it."""
     model = LLM(folder, dtype="bfloat16", enforce_eager=True, max_model_len=64, max_num_seqs=1, max_logprobs=-1, seed=0)
-    wanted = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=-1)
-    found = model.generate({"prompt_token_ids": prompt}, wanted, use_tqdm=False)[0].prompt_logprobs
-    rows = [[position[t].logprob for t in range(len(position))] for position in found[1:]]
-    return torch.tensor(rows)
+    wanted = SamplingParams(temperature=0.0, max_tokens=NEW, prompt_logprobs=-1)
+    answer = model.generate({"prompt_token_ids": prompt}, wanted, use_tqdm=False)[0]
+    rows = [[position[t].logprob for t in range(len(position))] for position in answer.prompt_logprobs[1:]]
+    return {"logprobs": torch.tensor(rows), "made": torch.tensor(list(answer.outputs[0].token_ids))}
 
 
 def main(out: Path) -> None:
     prompt = load_file(out / "tokens.safetensors")["tokens"].tolist()
     for n, folder in enumerate(json.loads((out / "job.json").read_text())):
         try:
-            save_file({"logprobs": ask(folder, prompt)}, out / f"{n}.safetensors")
+            save_file(ask(folder, prompt), out / f"{n}.safetensors")
         except Exception as error:
             last = "".join(traceback.format_tb(error.__traceback__, limit=-2))
             (out / f"{n}.error").write_text(f"{type(error).__name__}: {error}\n{last}")

@@ -96,12 +96,14 @@ def client() -> Callable[[str], Callable[..., None]]:
 
 @pytest.fixture
 def answer(record_property: Callable[[str, object], None]) -> Callable[..., tuple[float, float]]:
-    """answer(client, checkpoint, ours, theirs): max |difference| and the share of equal best tokens, for the table."""
+    """answer(client, checkpoint, ours, theirs): max |difference| and the share of equal best tokens, for the table
+    (there with the text that the client went on with)."""
 
-    def note(client: str, checkpoint: str, ours: Tensor, theirs: Tensor) -> tuple[float, float]:
+    def note(client: str, checkpoint: str, ours: Tensor, theirs: Tensor, text: str = "") -> tuple[float, float]:
         far = float((ours.float() - theirs.float()).abs().max())
         same = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
-        record_property("answer", f"| {client} | {checkpoint} | {far:.2g} | {same:.1%} |")
+        words = f" {' '.join(text.split())} |" if text else ""
+        record_property("answer", f"| {client} | {checkpoint} | {far:.2g} | {same:.1%} |{words}")
         return far, same
 
     return note

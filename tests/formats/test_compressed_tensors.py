@@ -247,7 +247,7 @@ def test_mixed_settings_name_their_layers() -> None:
         FORMAT.unpack("model.layers.12.mlp.down_proj", FORMAT.pack(few), config)
 
 
-@pytest.mark.parametrize("change", [{"quantization_status": "frozen"}, {"format": "naive-quantized"}])
+@pytest.mark.parametrize("change", [{"quantization_status": "frozen"}, {"format": "marlin-24"}])
 def test_refuses_files_it_cannot_read(change: dict[str, str]) -> None:
     packed = layer(32, 64, 4, 32, True)
     with pytest.raises(CompressError, match="cannot be read"):

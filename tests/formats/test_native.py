@@ -158,7 +158,10 @@ def test_automatic_choice() -> None:
         return pick("auto", [p.storage for p in Recipe.of(parse(line)).passes])
 
     assert auto("gptq") == auto("absmax activations=token") == auto("smoothquant") == "compressed-tensors"
-    assert auto("nf4") == auto("sparsegpt") == auto("int8") == auto("spqr") == "native"
-    assert auto("gptq act_order=groups group_size=32") == "compressed-tensors"  # which refuses it and names gptq
+    assert auto("nf4") == auto("fp4 variant=bnb") == "bitsandbytes"
+    assert auto("fp4") == auto("sparsegpt") == auto("int8") == auto("spqr") == auto("kmeans") == "native"
+    assert auto("gptq act_order=groups group_size=32") == "gptq"
+    both = [p.storage for line in ("nf4", "gptq") for p in Recipe.of(parse(line)).passes]
+    assert pick("auto", both) == "native"  # each has a client's format, together they have none
     assert holders(GPTQ(act_order="groups", group_size=32).storage) == ["gptq", "gptq_v2", "native"]
     assert pick("gptq", []) == "gptq"
