@@ -81,7 +81,8 @@ def ask(folder: Path, tokens: Tensor | None, device: torch.device, trust_remote_
     import transformers
 
     weights = Weights(Checkpoint.open(folder))
-    format = weights.format_name or "dense"
+    in_gguf = weights.checkpoint.files()[0].suffix == ".gguf"  # which may hold nothing that is packed
+    format = "gguf" if in_gguf else weights.format_name or "dense"
     client = f"transformers {transformers.__version__}"
     absent = [p for p in _PACKAGES[format] if importlib.util.find_spec(p) is None]
     if absent:

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-#: runs of 32 codes that are packed at a time on a CPU
-_CHUNK = 8192
+#: numbers that are worked on at a time on a CPU: too few for torch to share them out among its threads, which would
+#: wait for one another after each of the small steps
+_CHUNK = 32_000
 
 
 def words(count: int, bits: int) -> int:
@@ -33,25 +34,27 @@ def pack(codes: Tensor, bits: int) -> Tensor:
         int32 [..., ceil(n * bits / 32)]; unused high bits of the last word are zero.
     """
     n = codes.shape[-1]
+    if bits == 8:
+        return _plain(F.pad(codes, (0, -n % 4))).view(torch.int32)
     padded = F.pad(codes, (0, -n % 32)) if n % 32 else codes
-    runs = padded.reshape(padded.numel() // 32, 32)
-    packed = torch.empty(len(runs), bits, dtype=torch.int32, device=codes.device)
-    for first, last in _chunks(runs):
-        if bits == 8:
-            packed[first:last] = _plain(runs[first:last]).view(torch.int32)
-            continue
-        eights = _plain(runs[first:last]).view(torch.int64)  # [runs, 4], eight codes in each
-        for lane in (8, 16, 32):  # the codes of two neighbouring lanes move together, into one of twice the width
+    shape = (*codes.shape[:-1], padded.shape[-1] // 32 * bits)
+    eights = _viewed(padded.reshape(padded.numel() // 32, 32), torch.int64)  # [runs, 4], eight codes in each
+    packed = torch.empty(len(eights), bits, dtype=torch.int32, device=codes.device)
+    for first, last in _chunks(eights):
+        part = eights[first:last]
+        for lane in (8, 16, 32):  # what two neighbouring lanes hold moves together
             filled = bits * lane // 8
-            moved = eights >> (lane - filled)
-            moved |= eights
-            eights = moved.bitwise_and_(_lanes(2 * lane, 2 * filled))
+            low = _lanes(2 * lane, filled)
+            part = (part & low).bitwise_or_((part >> (lane - filled)).bitwise_and_(low << filled))
+        if bits == 4:  # eight codes are a word
+            packed[first:last] = part
+            continue
         for word in range(bits):
-            pieces = [_shifted(eights[:, i], at) for i, at in _overlaps(word, bits)]
+            pieces = [_shifted(part[:, i], at) for i, at in _overlaps(word, bits)]
             for piece in pieces[1:]:
                 pieces[0] = pieces[0] | piece
             packed[first:last, word] = pieces[0]  # the cast keeps the low 32 bits
-    rows = packed.reshape(*codes.shape[:-1], padded.shape[-1] // 32 * bits)
+    rows = packed.reshape(shape)
     return _plain(rows[..., : words(n, bits)]) if n % 32 else rows
 
 
@@ -63,41 +66,52 @@ def unpack(packed: Tensor, bits: int, count: int) -> Tensor:
     """
     if packed.shape[-1] != words(count, bits):
         raise ValueError(f"{packed.shape[-1]} words cannot hold {count} elements of {bits} bits")
+    if bits == 8:
+        return _plain(_plain(packed).view(torch.uint8)[..., :count])
     each = -(-count // 32)
     padded = F.pad(packed, (0, each * bits - packed.shape[-1])) if count % 32 else packed
     runs = padded.reshape(padded.numel() // bits, bits)
-    codes = torch.empty(len(runs), 32, dtype=torch.uint8, device=packed.device)
+    eights = torch.empty(len(runs), 4, dtype=torch.int64, device=packed.device)  # eight codes in each
     for first, last in _chunks(runs):
-        if bits == 8:
-            codes[first:last] = _plain(runs[first:last]).view(torch.uint8)
-            continue
-        wide = runs[first:last].to(torch.int64) & 0xFFFFFFFF
-        eights = torch.zeros(last - first, 4, dtype=torch.int64, device=packed.device)
-        for word in range(bits):
-            for i, at in _overlaps(word, bits):
-                eights[:, i] |= _shifted(wide[:, word], -at)
-        eights &= (1 << 8 * bits) - 1
+        part = runs[first:last].to(torch.int64)
+        if bits != 4:  # where it is 4, eight codes are a word
+            part = _gathered(part & 0xFFFFFFFF, bits)
         for lane in (32, 16, 8):
             filled = bits * lane // 8
-            moved = eights << (lane - filled)
-            moved |= eights
-            eights = moved.bitwise_and_(_lanes(lane, filled))
-        codes[first:last] = eights.view(torch.uint8)
-    rows = codes.reshape(*packed.shape[:-1], each * 32)
+            low = _lanes(2 * lane, filled)
+            part = (part & low).bitwise_or_((part & (low << filled)) << (lane - filled))
+        eights[first:last] = part
+    rows = eights.view(torch.uint8).reshape(*packed.shape[:-1], each * 32)
     return _plain(rows[..., :count]) if count % 32 else rows
+
+
+def _gathered(wide: Tensor, bits: int) -> Tensor:
+    """int64 [runs, bits], 32 bits in each -> int64 [runs, 4], 8 * bits bits in each (what is above them is not 0)."""
+    part = torch.empty(len(wide), 4, dtype=torch.int64, device=wide.device)
+    for i in range(4):
+        pieces = [_shifted(wide[:, w], -at) for w in range(bits) for j, at in _overlaps(w, bits) if j == i]
+        for piece in pieces[1:]:
+            pieces[0] = pieces[0] | piece
+        part[:, i] = pieces[0]
+    return part
+
+
+def _viewed(runs: Tensor, dtype: torch.dtype) -> Tensor:
+    """The same bytes as wider numbers; without a copy where they lie plainly."""
+    plain = runs.stride() == (runs.shape[1], 1) and runs.storage_offset() % dtype.itemsize == 0
+    return (runs if plain else _plain(runs)).view(dtype)
 
 
 def _chunks(runs: Tensor) -> Iterator[tuple[int, int]]:
     """Pieces of a tensor of runs: on a CPU small enough for what is made of them to stay in the cache."""
-    step = _CHUNK if runs.device.type == "cpu" else max(1, len(runs))
+    step = _CHUNK // max(4, runs.shape[1]) if runs.device.type == "cpu" else max(1, len(runs))
     for first in range(0, len(runs), step):
         yield first, min(first + step, len(runs))
 
 
 def _lanes(width: int, filled: int) -> int:
-    """A mask over 64 bits: the low `filled` bits of every lane of `width`, as a signed number."""
-    mask = sum(((1 << filled) - 1) << at for at in range(0, 64, width))
-    return mask - (1 << 64) if mask >> 63 else mask
+    """A mask over 64 bits: the low `filled` bits of every lane of `width`."""
+    return sum(((1 << filled) - 1) << at for at in range(0, 64, width))
 
 
 def _overlaps(word: int, bits: int) -> list[tuple[int, int]]:

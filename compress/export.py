@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import clients
+from compress import clients, gguf_writer
 from compress.asking import ask, model_dtype
 from compress.blocks import BlockModel, Linear
 from compress.checkpoint import Checkpoint
@@ -118,6 +118,8 @@ def export(
         Held(x.name, x.param.removesuffix(".weight"), x.shape, ways[x.name].storage, dtype) for b in blocks for x in b
     ]
     quantization = form.config(held, _left(model, held), any(x.own_forward for b in blocks for x in b))
+    if form.container == "gguf":
+        gguf_writer.describe(weights.checkpoint)  # refuses a model or a tokenizer that the file cannot describe
     if target is not None:
         clients.refuse(target, format, held)
 
@@ -207,7 +209,7 @@ def widened(packed: Packed, bits: int) -> UniformGrid:
 
 
 def as_affine(packed: Packed) -> Affine:
-    """An asymmetric grid with a minimum, -scale * zero, in place of each zero point; both in float16, as Q4_1 has them."""
+    """An asymmetric grid with a minimum, -scale * zero, in place of each zero point; in float16, as Q4_1 has them."""
     grid = _uniform(packed)
     assert grid.zeros is not None
     minima = -(grid.scales.double() * grid.zeros.double())

@@ -24,6 +24,8 @@ from compress.gguf_file import LAYERS_KEY, ROPE_FREQS, rope_factors, rope_heads,
 SINGLE = "model.gguf"
 #: model_type -> llama.cpp's architecture
 WRITABLE = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}
+#: tensors of old checkpoints that readers compute from the config; they are not written
+COMPUTED = ".rotary_emb.inv_freq"
 _FLOATS = ("F32", "F16", "BF16")
 _OTHER = "use --format compressed-tensors, or native"
 _KINDS = {bool: "BOOL", int: "UINT32", float: "FLOAT32", str: "STRING", list: "ARRAY"}
@@ -107,8 +109,8 @@ def _model(config: Any, arch: str, where: str) -> dict[str, Any]:
 
 def _place(name: str, stored: Stored) -> tuple[str, str] | None:
     """GGUF's name of a tensor and its type there, None for what is not written. Raises CompressError."""
-    if name.endswith(".rotary_emb.inv_freq"):
-        return None  # computed from the config; old checkpoints hold it
+    if name.endswith(COMPUTED):
+        return None
     found = to_gguf(name)
     if found is None:
         raise CompressError("this tensor has no place in a GGUF file", name, _OTHER)

@@ -18,12 +18,13 @@ class Options:
     out: Path | None = _option(None, "output folder; default: MODEL-METHOD-BITSbit here", "-o", "--out")
     format: str = _option(
         "auto",
-        "compressed-tensors, gptq (v1), gptq_v2, native (our own, for what no client holds) or dense (ordinary "
-        "weights); default: what --target reads, or compressed-tensors, or native where the result fits no other",
+        "compressed-tensors, gptq (v1), gptq_v2, bitsandbytes, gguf, native (our own, for what no client holds) or "
+        "dense (ordinary weights); default: what --target reads, or the first of these that holds the result",
     )
     target: str | None = _option(
         None,
-        "the client that must load the result: transformers, vllm, sglang or gptqmodel; refused at once if it cannot",
+        "the client that must load the result: transformers, vllm, sglang, gptqmodel or llama.cpp; refused at once if "
+        "it cannot",
     )
     calib: str = _option(
         "pile",

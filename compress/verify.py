@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.blocks import BlockModel, refuse_infinite
 from compress.checkpoint import Checkpoint, hash_files, tensor_bytes
 from compress.errors import CompressError
+from compress.gguf_writer import COMPUTED
 from compress.output import RECORD, WEIGHT_FILES, read_record
 from compress.weights import Weights
 
@@ -76,6 +77,8 @@ def verify(
             raise CompressError("the file does not hold what the transform made", name, _AGAIN)
     gone = {f"{r['name']}.weight" for r in records} if owned is None else set(owned)
     copied = [n for n in source.tensors if n not in gone and n not in changed]
+    if written.format_name == "gguf":
+        copied = [n for n in copied if not n.endswith(COMPUTED)]
     for name in copied:
         original = source.read(name)
         if not same(written, name, original):

@@ -167,6 +167,37 @@ def test_widened_is_the_same_grid() -> None:
     assert torch.equal(widened(grid, 8).dequantize(), grid.dequantize())
 
 
+def test_to_gguf_and_back(made: Any, tmp_path: Path) -> None:
+    """Symmetric codes, whatever their width and group, go into Q4_0 and Q8_0 as they are."""
+    for line in ("rtn bits=4 group_size=32", "rtn bits=3 group_size=64", "rtn bits=8 group_size=-1"):
+        source, there = made(line), tmp_path / line / "gguf"
+        done = export(source, there, "gguf")
+        assert (done.losses, done.proof is not None) == ({}, True)
+        assert "loads it" in done.proof.clients[0]  # type: ignore[union-attr]
+        back = export(there, tmp_path / line / "ct", "compressed-tensors")
+        assert back.losses == {}
+        before, after = read(source), read(tmp_path / line / "ct")
+        assert all(equal(before.read_packed(n), after.read_packed(n)) for n in before.packed)  # type: ignore[arg-type]
+
+
+def test_zero_points_to_gguf(made: Any, tmp_path: Path) -> None:
+    """Q4_1 has a minimum where a grid has a zero point: float16 rounds it, and that has to be allowed."""
+    source = made("rtn bits=4 group_size=32 symmetric=false")
+    with pytest.raises(CompressError, match=r"zero points, which become a minimum a group, rounded to float16 \(28"):
+        export(source, tmp_path / "out", "gguf")
+    done = export(source, tmp_path / "out", "gguf", lossy=True)
+    assert 0 < done.largest_change < 2e-3
+    export(tmp_path / "out", tmp_path / "native", "native")
+    assert {read(tmp_path / "native").storage(n).kind for n in read(source).packed} == {"affine"}
+
+
+def test_a_dense_model_to_gguf(toy: Path, tmp_path: Path) -> None:
+    done = export(toy, tmp_path / "out", "gguf")
+    assert done.layers == 0
+    before, after = read(toy), read(tmp_path / "out")
+    assert all(torch.equal(before.read(n).float(), after.read(n).float()) for n in before.shapes())
+
+
 def test_activations_are_lost_only_when_allowed(made: Any, tmp_path: Path) -> None:
     source = made("absmax activations=token")
     with pytest.raises(CompressError, match=r"the 8-bit activations.*\(28 layers\).*--lossy"):

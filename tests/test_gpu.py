@@ -120,4 +120,106 @@ def test_every_method_on_the_gpu(line: str, dtype: torch.dtype) -> None:
             config = form.config([Held("blocks.0.layer", "blocks.0.layer", (96, 128), back.storage, dtype)], [])
             parts = {s: t.cuda() for s, t in form.pack(back).items()}
             read = form.unpack("blocks.0.layer", parts, config)
-            assert torch.equal(read.dequantize().cpu(), form.unpack("blocks.0.layer", form.pack(back), config).dequantize())
+            assert torch.equal(
+                read.dequantize().cpu(), form.unpack("blocks.0.layer", form.pack(back), config).dequantize()
+            )
+
+
+@pytest.mark.parametrize("line", METHODS)
+def test_packed_linear_on_the_gpu(line: str) -> None:
+    """A packed layer that moves computes on the GPU what it computed here, in its stored bytes; back here, the same."""
+    from compress.linear import PackedLinear
+    from compress.recipe import Recipe, parse
+    from compress.types import LayerStats, tensor_bytes_of
+
+    g = torch.Generator().manual_seed(4)
+    x = torch.randn(400, 128, generator=g) @ (torch.randn(128, 128, generator=g) * 0.1 + torch.eye(128))
+    weight = torch.randn(96, 128, generator=g).bfloat16()
+    given = [x.T @ x / 400, x.abs().amax(0), x.abs().mean(0), x.mean(0), (x.abs() >= 2).float().mean(0)]
+    (method,) = (p.settle([128]) for p in Recipe.of(parse(line)).passes)
+    packed = method(weight, LayerStats(400, *given), torch.bfloat16).packed
+    layer = PackedLinear.of(packed, bias=torch.randn(96, generator=g))
+    inputs = torch.randn(40, 128, generator=g)
+    here = layer(inputs)
+    layer(inputs.bfloat16())  # perhaps in the layout of a CPU kernel now
+    layer.cuda()
+    assert all(b.is_cuda for b in layer.buffers())
+    assert layer.weight_bytes == tensor_bytes_of(packed)
+    assert torch.equal(layer.dense(torch.float32).cpu(), packed.dequantize().float())
+    for dtype, near in ((torch.float32, 1e-2), (torch.bfloat16, 0.1), (torch.float16, 0.02)):
+        there = layer(inputs.cuda().to(dtype))
+        assert there.dtype == dtype
+        assert torch.allclose(there.float().cpu(), here, rtol=0.02, atol=near * float(here.abs().max()))
+    layer.cpu()
+    assert all(
+        torch.equal(a, b) for a, b in zip(layer.packed().tensors().values(), packed.tensors().values(), strict=True)
+    )
+    assert torch.equal(layer(inputs), here)
+
+
+def test_a_layer_above_the_budget_on_the_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its dense weight is never whole: peak memory stays near the budget."""
+    from compress import linear
+    from compress.passes.rtn import RTN
+
+    packed = RTN(bits=4, group_size=128)(torch.randn(8192, 4096), LayerStats(0), torch.bfloat16).packed
+    layer = linear.PackedLinear.of(packed, torch.bfloat16).cuda()
+    x = torch.randn(4, 4096, device="cuda", dtype=torch.bfloat16)
+    whole = layer(x)
+    monkeypatch.setattr(linear, "BUDGET", 1 << 22)
+    monkeypatch.setattr(linear, "_AT_ONCE_ELSEWHERE", 1 << 20)
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    parts = layer(x)
+    torch.cuda.synchronize()
+    assert torch.cuda.max_memory_allocated() - before < 1 << 25  # the dense weight is 2^26 bytes
+    assert torch.allclose(parts, whole, rtol=0.02, atol=0.02 * float(whole.abs().max()))
+
+
+def small_moe(folder: Path, tokenizer: object) -> Path:
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        hidden_size=64, intermediate_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, num_experts=4, num_experts_per_tok=2, vocab_size=320,
+        max_position_embeddings=128, bos_token_id=0, eos_token_id=0, tie_word_embeddings=False,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)  # type: ignore[attr-defined]
+    return folder
+
+
+@pytest.mark.parametrize("line", ["nf4 double_quant=true", "rtn bits=4 group_size=32", "absmax activations=token"])
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe"])
+def test_whole_packed_models_on_the_gpu(family: str, line: str, toy: Path, tokenizer: object, tmp_path: Path) -> None:
+    """compress.load and plain from_pretrained put the packed model on the GPU; both generate what the CPU computes."""
+    from transformers import AutoModelForCausalLM
+
+    from compress.linear import PackedLinear
+    from compress.recipe import parse
+
+    source = toy if family == "llama" else small_moe(tmp_path / "moe", tokenizer)
+    folder = tmp_path / "out"
+    compress.run(source, parse(line), folder, format="native", no_eval=True, no_verify=True, device="cpu")
+    tokens = torch.randint(0, 300, (2, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        want = compress.load(folder, device="cpu", dtype="float32")(tokens).logits
+    ours = compress.load(folder, device="cuda", dtype="float32")
+    theirs, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, device_map={"": 0}, output_loading_info=True
+    )
+    assert not any(info.values())
+    moved = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to("cuda")
+    for model in (ours, theirs, moved):
+        assert all(t.is_cuda for t in (*model.parameters(), *model.buffers()))
+        assert any(isinstance(m, PackedLinear) for m in model.modules())
+        with torch.no_grad():
+            found = model(tokens.cuda()).logits.cpu()
+        assert float((found - want).abs().mean()) < 0.01 * float(want.abs().mean())
+        made = model.generate(tokens[:1].cuda(), max_new_tokens=4, min_new_tokens=4, do_sample=False, pad_token_id=0)
+        assert made.shape == (1, 28)
+    back = theirs.to("cpu")
+    with torch.no_grad():
+        assert float((back(tokens).logits - want).abs().max()) <= 1e-5 * float(want.abs().max())

@@ -67,7 +67,8 @@ class CompressedTensors:
         if storage.ordered_groups:
             return "compressed-tensors holds no g_idx: use --act-order static, or --format gptq"
         if layer.transposed:
-            return "a Conv1D weight, kept as [in, out], does not fit compressed-tensors: use --format gptq"
+            other = "bitsandbytes" if storage.activations else "gptq"
+            return f"a Conv1D weight, kept as [in, out], does not fit compressed-tensors: use --format {other}"
         if layer.expert and not storage.symmetric:
             return "transformers cannot load asymmetric experts from compressed-tensors: use --symmetric"
         if storage.group_size > 0 and layer.in_features % storage.group_size:

@@ -202,7 +202,7 @@ def _group_fault(group_size: int, columns: int) -> str | None:
             f"GGUF keeps rows in blocks of 32, which do not divide in_features {columns}: use --exclude for this "
             "layer, or --format compressed-tensors"
         )
-    if group_size == -1 or (group_size % BLOCK == 0 and columns % group_size == 0):
+    if group_size == -1 or (group_size > 0 and group_size % BLOCK == 0 and columns % group_size == 0):
         return None
     fits = [g for g in range(BLOCK, columns + 1, BLOCK) if columns % g == 0]
     near = min(fits, key=lambda g: abs(g - group_size))

@@ -26,6 +26,7 @@ from compress.types import Packed, Storage
 METHOD = "gptq"
 SUFFIXES = ("qweight", "qzeros", "scales", "g_idx")
 _BITS = (2, 3, 4, 8)
+_OTHERS = "use --format compressed-tensors, or native"
 
 
 @dataclass(frozen=True)
@@ -48,13 +49,13 @@ class GPTQFormat:
         if storage.kind != UniformGrid.kind:
             return f"the GPTQ format cannot hold the kind {storage.kind!r}: use --format native"
         if storage.activations:
-            return "the GPTQ format is weight-only, it cannot quantise activations: use --format compressed-tensors"
+            return f"the GPTQ format is weight-only, it cannot quantise activations: {_OTHERS}"
         if storage.bits not in _BITS:
             return f"the GPTQ format holds 2, 3, 4 and 8 bits, not {storage.bits}: use --format compressed-tensors"
         if layer.head:
             return "transformers fills no packed head from the GPTQ format: use --format compressed-tensors"
         if layer.expert:
-            return "experts kept as one 3-D tensor are filled by no GPTQ reader: use --format compressed-tensors"
+            return f"experts kept as one 3-D tensor are filled by no GPTQ reader: {_OTHERS}"
         if layer.in_features % 32 or layer.out_features % 32:
             return (
                 f"GPTQ readers need in_features {layer.in_features} and out_features {layer.out_features} to be "
@@ -82,7 +83,7 @@ class GPTQFormat:
         stored = zeros - 1 if self.version == 1 else zeros
         g_idx = packed.column_groups().to(torch.int32)
         return {
-            "qweight": bitpack.pack(packed.codes.t().contiguous().t(), packed.bits).t().contiguous(),
+            "qweight": bitpack.pack(packed.codes, packed.bits).t().contiguous(),
             "qzeros": bitpack.pack(stored.t().contiguous(), packed.bits),
             "scales": packed.scales.to(torch.float16).t().contiguous(),
             "g_idx": g_idx,

@@ -14,7 +14,6 @@ import argparse
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -86,10 +85,12 @@ def memory(folder: Path, dtype: str, kernels: bool, tokens: torch.Tensor) -> dic
     """In a fresh process: what the model adds."""
     skeleton(Weights(Checkpoint.open(folder)), False)  # imports the architecture
     before = psutil.Process().memory_info().rss
+    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     model = load(folder, dtype, kernels)
     run(model, tokens)
     after = psutil.Process().memory_info().rss
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    status = Path("/proc/self/status").read_text().split()
+    peak = int(status[status.index("VmHWM:") + 1]) * 1024
     return {"weights": weight_bytes(model), "resident": after - before, "peak": peak - before}
 
 

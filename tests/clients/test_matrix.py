@@ -1,8 +1,8 @@
 """Every method in every format for three kinds of model: written, read back and loaded, or refused before any work.
 
-There is no third outcome. What is written is read back to the bits that the solver returned; every client of it that is
-installed here, and compress.load, compute what our own reading computes, within what LIMITS allows. What is refused says
-why, in words that REFUSED knows, and what would work instead.
+There is no third outcome. What is written is read back to the bits that the solver returned; every client of it that
+is installed here, and compress.load, compute what our own reading computes, within what LIMITS allows. What is refused
+says why, in words that REFUSED knows, and what would work instead.
 """
 
 from __future__ import annotations
@@ -116,8 +116,8 @@ CLIENTS = {
 EXACT = 1e-5
 #: where a client computes something else, and what:
 LIMITS = {
-    ("transformers", "compressed-tensors", "token"): 0.05,  # it divides a token's largest value by 127.5, not 127
-    ("transformers", "bitsandbytes", "token"): 0.05,  # inputs pass through float16, ties fall the other way
+    ("transformers", "compressed-tensors", "token"): 0.03,  # it divides a token's largest value by 127.5, not 127
+    ("transformers", "bitsandbytes", "token"): 0.03,  # inputs pass through float16, ties fall the other way
     ("transformers", "gguf", ""): 1e-3,  # it multiplies in float32 what we round to float16
 }
 ROWS = torch.randint(300, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -229,5 +229,5 @@ def check_refusal(error: CompressError, model: str, line: str, format: str, outc
     others = re.sub(r"--format [\w-]+", "", error.remedy)
     settings = re.search(r"--|variant|rtn or gptq|absmax|exclude", others)
     assert named or settings, error
-    if not settings:
+    if not settings and format != "gguf":
         assert any(outcome(model, line, other).error is None for other in named), error
