@@ -103,6 +103,7 @@ def make_job(model: str, method: Pass | Transform | Recipe, options: Options, dr
         target=options.target,
         lm_head=options.lm_head,
         seed=options.seed,
+        fallback=options.format == "auto" and options.target is None,
         verify=not options.no_verify,
         client=not options.no_client,
         origin=name if Path(model).exists() else model,

@@ -150,6 +150,9 @@ def _theirs(
             found = sorted({str(k) for k in keys} - unknown)
             if found:
                 raise CompressError(f"transformers: {what} {found[0]} and {len(found) - 1} more", str(folder), remedy)
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # bitsandbytes would round block maxima to bfloat16
+                module.support_avx512bf16_for_cpu = False
         with torch.no_grad():
             out = torch.cat([model.eval()(row[None].to(place), use_cache=False).logits.float().cpu() for row in rows])
     del model

@@ -35,7 +35,9 @@ def pack(codes: Tensor, bits: int) -> Tensor:
     """
     n = codes.shape[-1]
     if bits == 8:
-        return _plain(F.pad(codes, (0, -n % 4))).view(torch.int32)
+        padded = F.pad(codes, (0, -n % 4))
+        shape = (*codes.shape[:-1], words(n, bits))  # named: a last dimension of 0 has strides that `view` refuses
+        return _plain(padded.reshape(-1)).view(torch.int32).reshape(shape)
     padded = F.pad(codes, (0, -n % 32)) if n % 32 else codes
     shape = (*codes.shape[:-1], padded.shape[-1] // 32 * bits)
     eights = _viewed(padded.reshape(padded.numel() // 32, 32), torch.int64)  # [runs, 4], eight codes in each

@@ -36,6 +36,7 @@ class Job:
         blocks: the blocks to compress, "0-3,-1"; "" for all.
         lm_head: compress the output head too.
         seed: recorded; the rows were drawn with it.
+        fallback: the format was picked, not asked for: our own where a layer's shape does not fit it.
         verify: read the result back (verify.py).
         client: and load it whole through the client that reads its format, where it fits in memory (asking.py).
         origin: what the user called the model (a hub id), for the records.
@@ -59,6 +60,7 @@ class Job:
     lm_head: bool = False
     seed: int = 0
     origin: str = ""
+    fallback: bool = False
     verify: bool = True
     client: bool = True
     overwrite: bool = False

@@ -66,6 +66,14 @@ def default_dtype(stored: torch.dtype, device: torch.device) -> torch.dtype:
     return stored if device.type == "cuda" else torch.float32
 
 
+def make_plan(job: Job, model: BlockModel) -> Plan:
+    """What the job will do with this model. Raises CompressError for what cannot be done."""
+    return planning.make_plan(
+        model, job.recipe, FORMATS[job.format], job.include, job.exclude, job.blocks, job.lm_head, job.target,
+        job.fallback,
+    )  # fmt: skip
+
+
 def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> Result:
     """Compress one checkpoint.
 
@@ -79,9 +87,7 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
     check_output(job.out, job.overwrite, job.source)
     with clock("load"):
         weights, model = open_model(job, job.out.with_name(job.out.name + ".unpickled"))
-    plan = planning.make_plan(
-        model, job.recipe, FORMATS[job.format], job.include, job.exclude, job.blocks, job.lm_head, job.target
-    )
+    plan = make_plan(job, model)
     planning.check_room(job.out, 2 * plan.bytes_after)
     if plan.needs and job.rows is None:
         raise CompressError(

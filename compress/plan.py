@@ -14,6 +14,7 @@ import torch
 from compress import clients, gguf_writer
 from compress.blocks import ROUTERS, BlockModel, Linear
 from compress.errors import CompressError
+from compress.formats import DEFAULT, FORMATS, OWN
 from compress.formats.base import Format, Held
 from compress.recipe import Recipe, Where, chained
 from compress.types import Needs, Pass, Storage, Transform
@@ -90,10 +91,7 @@ class Plan:
 
     def held(self) -> list[Held]:
         """Every layer that will be stored packed."""
-        linears = [linear for block in self.blocks for linear in block]
-        return [
-            Held(x.name, x.param.removesuffix(".weight"), x.shape, self.storage(x), self.scale_dtype) for x in linears
-        ]
+        return [_held(x, self.storage(x), self.scale_dtype) for block in self.blocks for x in block]
 
     def owners(self) -> dict[str, str]:
         """Tensor of the source -> the layer that takes its place."""
@@ -115,6 +113,7 @@ def make_plan(
     blocks: str = "",
     lm_head: bool = False,
     target: str | None = None,
+    fallback: bool = False,
 ) -> Plan:
     """Choose layers, settle the passes, ask the format about each layer, add up sizes.
 
@@ -123,6 +122,8 @@ def make_plan(
         blocks: the blocks to compress ("0-3,-1"); all by default.
         lm_head: compress the output head too, as one more block behind the last.
         target: the client that must be able to load the result (a name in clients.CLIENTS).
+        fallback: take our own format where a layer's shape does not fit `format` (the default format refuses, since it
+            says which setting would fit).
 
     Raises:
         CompressError: a pattern that matches nothing, a step that takes no layer, nothing left to compress, a layer the
@@ -174,6 +175,8 @@ def make_plan(
     recipe, choice = _settle(recipe, choice, chosen, names)
     first = next(linear for block in chosen for linear in block)
     stored = weights.dtype(first.name + ".weight")
+    if fallback and format.name != DEFAULT and not _all_fit(choice, format, chosen, skipped):
+        format = FORMATS[OWN]
     scale_dtype = format.scale_dtype(stored)
     refuse(choice, format, (linear for block in chosen for linear in block))
 
@@ -269,6 +272,25 @@ def _reason(linear: Linear, wanted: Where, block: int, count: int) -> str | None
     if not wanted.layers and ROUTERS.search(linear.name):
         return "routes tokens to experts"
     return None
+
+
+def _all_fit(
+    choice: dict[str, tuple[Pass, ...]], format: Format, chosen: list[list[Linear]], skipped: Sequence[Skipped]
+) -> bool:
+    """Whether a format holds every layer, and all of them beside each other."""
+    layers = [x for block in chosen for x in block]
+    if any(format.why_not(chained(choice[x.name]), x.layer_shape) is not None for x in layers):
+        return False
+    held = [_held(x, chained(choice[x.name]), torch.float32) for x in layers]
+    try:
+        format.config(held, [s.module for s in skipped if s.module is not None], any(x.own_forward for x in layers))
+    except CompressError:
+        return False
+    return True
+
+
+def _held(linear: Linear, storage: Storage, dtype: torch.dtype) -> Held:
+    return Held(linear.name, linear.param.removesuffix(".weight"), linear.shape, storage, dtype)
 
 
 def refuse(choice: dict[str, tuple[Pass, ...]], format: Format, linears: Iterable[Linear]) -> None:

@@ -223,3 +223,29 @@ def test_whole_packed_models_on_the_gpu(family: str, line: str, toy: Path, token
     back = theirs.to("cpu")
     with torch.no_grad():
         assert float((back(tokens).logits - want).abs().max()) <= 1e-5 * float(want.abs().max())
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packer(bits: int) -> None:
+    """The same words on both, of odd widths as well."""
+    from compress import bits as bitpack
+
+    g = torch.Generator().manual_seed(bits)
+    for shape in ((3, 7), (5, 32), (2, 4, 100), (300, 1000), (1, 0)):
+        codes = torch.randint(2**bits, shape, dtype=torch.uint8, generator=g)
+        words = bitpack.pack(codes.cuda(), bits)
+        assert torch.equal(words.cpu(), bitpack.pack(codes, bits))
+        assert torch.equal(bitpack.unpack(words, bits, shape[-1]).cpu(), codes)
+
+
+@pytest.mark.parametrize(
+    "line", ["rtn bits=4 group_size=64", "spqr", "sparsegpt pattern=2:4", "absmax activations=token"]
+)
+def test_verified_through_its_client(line: str, tmp_path: Path, asking: None) -> None:
+    """A native checkpoint is loaded by plain transformers onto the GPU, packed, and computes what its files hold."""
+    from compress.recipe import parse
+
+    given = {"calib": "bundled", "samples": 8, "seq_len": 128, "no_eval": True, "format": "native", "device": "cuda"}
+    result = compress.run("bundled", parse(line), tmp_path / "out", **given)
+    assert result.proof is not None
+    assert "loads it, no key missing or unknown" in result.proof.clients[0], result.proof.clients

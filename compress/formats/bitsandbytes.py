@@ -331,7 +331,7 @@ def _blocks(name: str, tensors: Mapping[str, Tensor]) -> Blockwise:
         if nested.numel() != -(-state.blocks() // NESTED_BLOCK) or nested.dtype != torch.float32:
             raise _damaged(f"{nested.numel()} second maxima do not belong to {state.blocks()} blocks", name)
         _same_map(name, tensors[_NESTED_MAP], tables.dynamic_map())
-        offset = torch.tensor([state.offset], dtype=torch.float32)
+        offset = torch.tensor([state.offset], dtype=torch.float32, device=absmax.device)
     codes = torch.stack([packed >> 4, packed & 15], 1).flatten()[:count].reshape(state.shape)
     return Blockwise(codes, absmax.flatten(), state.table, state.block_size, state.dtype, nested, offset)
 

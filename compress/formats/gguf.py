@@ -96,17 +96,17 @@ class GGUF:
         if storage.kind not in (UniformGrid.kind, Affine.kind):
             return f"GGUF cannot hold the kind {storage.kind!r}: use --format native, or rtn or gptq --symmetric"
         if storage.activations:
-            return "GGUF is weight-only, it cannot quantise activations: use --format compressed-tensors"
+            return "GGUF is weight-only, it cannot quantise activations: use --format native"
         if storage.kind == UniformGrid.kind and not storage.symmetric:
-            return "GGUF has no zero points: use --symmetric, or --format compressed-tensors"
+            return "GGUF has no zero points: use --symmetric, or --format native"
         if storage.ordered_groups:
             return "GGUF has no groups that follow an activation order: use --act-order static"
         if storage.kind == Affine.kind and storage.bits > 4:
             return f"GGUF holds affine grids of 2 to 4 bits, not {storage.bits}: use --format native"
         if layer.expert:
-            return "experts are not written to GGUF: use --format compressed-tensors, or --exclude them"
+            return "experts are not written to GGUF: use --format native, or --exclude them"
         if layer.transposed:
-            return "layers kept as [in, out] are not written to GGUF: use --format compressed-tensors"
+            return "layers kept as [in, out] are not written to GGUF: use --format native"
         return _group_fault(storage.group_size, layer.in_features)
 
     def nbytes(self, storage: Storage, shape: tuple[int, int], scale_dtype: torch.dtype) -> int:

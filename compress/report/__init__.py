@@ -181,6 +181,8 @@ def _native_note(result: Result) -> list[str]:
     if not set.intersection(*(set(holders(storage)) - {OWN} for storage in found)):
         kinds = ", ".join(sorted({repr(storage.kind) for storage in found}))
         return [f"written in the native format: no client's format holds layers of the kinds {kinds} beside each other"]
+    if result.job.format != OWN:
+        return [f"written in the native format: the shapes of some layers do not fit {result.job.format}"]
     return []
 
 

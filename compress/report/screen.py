@@ -80,13 +80,10 @@ def _peak_text() -> str:
 
 def dry_run(job: Job) -> dict[str, Any]:
     """The plan of a job as plain values; no weight is loaded, nothing is written."""
-    from compress.pipeline import open_model
-    from compress.plan import make_plan
+    from compress.pipeline import make_plan, open_model
 
     _, model = open_model(job)
-    plan = make_plan(
-        model, job.recipe, FORMATS[job.format], job.include, job.exclude, job.blocks, job.lm_head, job.target
-    )
+    plan = make_plan(job, model)
     return {
         "source": job.origin,
         "method": plan.recipe.as_json(),

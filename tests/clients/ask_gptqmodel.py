@@ -1,9 +1,8 @@
 """Run by gptqmodel's own Python: logits of checkpoints as its users load them.
 
-ask_gptqmodel.py OUT: OUT/job.json lists {"folder", "loader", "backend"} and perhaps "generate", how many tokens to go on;
-OUT/tokens.safetensors holds the tokens;
-writes OUT/<n>.safetensors, or OUT/<n>.error, for the n-th folder. Loaders: "transformers" is plain from_pretrained in
-float32 (through optimum and gptqmodel), "gptqmodel" is its own loader in float16.
+ask_gptqmodel.py OUT: OUT/job.json lists {"folder", "loader", "backend"} and perhaps "generate", how many tokens to go
+on; OUT/tokens.safetensors holds the tokens. Writes OUT/<n>.safetensors, or OUT/<n>.error, for the n-th folder. Loaders:
+"transformers" is plain from_pretrained in float32 (through optimum and gptqmodel), "gptqmodel" its own in float16.
 """
 
 import json

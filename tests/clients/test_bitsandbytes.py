@@ -258,11 +258,11 @@ def test_dense_experts_beside_packed_layers(source: Any, compressed: Any, dense_
 @pytest.mark.parametrize(
     ("config", "settings", "options", "message"),
     [
-        (MOE, FOUR["nf4"], {}, "fills no fused experts"),
+        (MOE, FOUR["nf4"], {"format": "bitsandbytes"}, "fills no fused experts"),
         (MOE, EIGHT, {"format": "bitsandbytes"}, "fills no fused experts"),
-        (LLAMA, FOUR["nf4"], {"lm_head": True}, "leave out --lm-head"),
+        (LLAMA, FOUR["nf4"], {"lm_head": True, "format": "bitsandbytes"}, "leave out --lm-head"),
         (LLAMA, method("absmax"), {"format": "bitsandbytes"}, "--activations token"),
-        (LLAMA, method("nf4", block_size=128), {}, "use --block-size 64"),
+        (LLAMA, method("nf4", block_size=128), {"format": "bitsandbytes"}, "use --block-size 64"),
     ],
     ids=["experts", "8-bit experts", "head", "weight-only int8", "blocks across rows"],
 )
@@ -271,6 +271,20 @@ def test_refused(
 ) -> None:
     with pytest.raises(CompressError, match=message):
         compressed(source(config, torch.bfloat16), settings, **options)
+
+
+@pytest.mark.parametrize(
+    ("config", "settings", "options"),
+    [(MOE, FOUR["nf4"], {}), (LLAMA, FOUR["nf4"], {"lm_head": True}), (LLAMA, method("nf4", block_size=128), {})],
+    ids=["experts", "head", "blocks across rows"],
+)
+def test_our_own_format_instead(
+    config: PreTrainedConfig, settings: Pass, options: dict[str, Any], source: Any, compressed: Any
+) -> None:
+    """Where no format was asked for, what bitsandbytes cannot hold goes into ours, and the card says why."""
+    out = compressed(source(config, torch.bfloat16), settings, **options)
+    assert Weights(Checkpoint.open(out)).format_name == "native"
+    assert "the shapes of some layers do not fit bitsandbytes" in (out / "README.md").read_text()
 
 
 def test_experts_would_stay_random(source: Any, tmp_path: Path) -> None:

@@ -121,7 +121,7 @@ def test_sizes_are_gguf_pys() -> None:
 REFUSED = [
     (Storage("uniform", 4, 32, symmetric=False), 64, "use --symmetric"),
     (Storage("uniform", 4, 32, ordered_groups=True), 64, "--act-order static"),
-    (Storage("uniform", 8, -1, activations="token"), 64, "compressed-tensors"),
+    (Storage("uniform", 8, -1, activations="token"), 64, "native"),
     (Storage("uniform", 4, 16), 64, "use --group-size 32 or -1"),
     (Storage("uniform", 4, 128), 576, "use --group-size 96 or -1"),
     (Storage("uniform", 4, 48), 576, "use --group-size 32 or -1"),
