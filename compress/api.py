@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import gguf_file
 from compress.assets import folder
 from compress.calibration import EvalText, Rows, calibration_rows, evaluation_tokens
 from compress.checkpoint import Checkpoint
@@ -21,6 +20,7 @@ from compress.clients import pick
 from compress.errors import CompressError
 from compress.evaluate.perplexity import Score, cut_windows, evaluate
 from compress.formats import FORMATS
+from compress.gguf import files as gguf_files
 from compress.hub import check_push
 from compress.job import Job, Progress, Result, Status
 from compress.journal import check_output
@@ -150,7 +150,7 @@ def find_model(model: str, allow_pickle: bool = False) -> Path:
     if path.is_dir():
         return path
     if path.is_file() and path.suffix == ".gguf":
-        return gguf_file.model_place(path)
+        return gguf_files.model_place(path)
     if path.is_file():
         raise CompressError("is a file", model, "pass the model's folder, or a .gguf file")
     if model.startswith((".", "/", "~")) or not _HUB_ID.fullmatch(model) or model.count("/") > 1:
@@ -205,7 +205,7 @@ def load_tokenizer(source: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     remedy = "the folder needs tokenizer.json and tokenizer_config.json (--trust-remote-code if its code is its own)"
-    place, extra = gguf_file.tokenizer_source(source)
+    place, extra = gguf_files.tokenizer_source(source)
     with quiet_transformers("its tokenizer cannot be loaded", str(source), remedy):
         made = AutoTokenizer.from_pretrained(place, trust_remote_code=trust_remote_code, local_files_only=True, **extra)
         made("Some settings fail only when they are used: \u6f22\u5b57 \u00e9 \N{SNOWMAN}")
@@ -247,7 +247,7 @@ def self_text(
     def generate(samples: int, seq_len: int, seed: int) -> Tensor:
         from transformers import AutoModelForCausalLM
 
-        file = gguf_file.find(source)
+        file = gguf_files.find(source)
         place, extra = (source, {}) if file is None else (file.parent, {"gguf_file": file.name})
         model = AutoModelForCausalLM.from_pretrained(place, dtype="auto", trust_remote_code=trust_remote_code, **extra)
         model = model.to(device).eval()

@@ -152,11 +152,11 @@ class Checkpoint:
         Raises:
             CompressError: no such folder, nothing readable in it, a damaged file, an index that points outside.
         """
-        from compress import gguf_file  # which reads its tensors through this module
+        from compress.gguf import files as gguf_files  # which reads its tensors through this module
 
-        single = gguf_file.find(folder)
+        single = gguf_files.find(folder)
         if single is not None:
-            return cls(folder, *gguf_file.read(folder, single))
+            return cls(folder, *gguf_files.read(folder, single))
         if not folder.is_dir():
             raise CompressError("no such folder", str(folder), "pass a model folder or a hub id such as org/name")
         config = read_json(folder / "config.json")

@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress import clients, gguf_writer
+from compress import clients
 from compress.asking import ask, model_dtype
 from compress.blocks import BlockModel, Linear
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.formats import FORMATS, OWN
 from compress.formats.base import Format, Held
+from compress.gguf import writer as gguf_writing
 from compress.journal import Journal
 from compress.output import assemble, read_record, seal
 from compress.packed.affine import Affine
@@ -119,7 +120,7 @@ def export(
     ]
     quantization = form.config(held, _left(model, held), any(x.own_forward for b in blocks for x in b))
     if form.container == "gguf":
-        gguf_writer.describe(weights.checkpoint)  # refuses a model or a tokenizer that the file cannot describe
+        gguf_writing.describe(weights.checkpoint)  # refuses a model or a tokenizer that the file cannot describe
     if target is not None:
         clients.refuse(target, format, held)
 

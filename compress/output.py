@@ -7,9 +7,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from compress import gguf_file, gguf_writer
 from compress.checkpoint import Checkpoint, Stored, hash_files, read_json, write_json, write_shards
 from compress.formats.base import Format
+from compress.gguf import files as gguf_files
+from compress.gguf import writer as gguf_writing
 from compress.skeleton import quiet_transformers
 
 SHARD_BYTES = 5_000_000_000
@@ -43,7 +44,7 @@ def assemble(
     folder.mkdir()
     every = tensors(format, source, owners, packed)
     if format.container == "gguf":
-        hashes = gguf_writer.write(folder / gguf_writer.SINGLE, every, source, quantization)
+        hashes = gguf_writing.write(folder / gguf_writing.SINGLE, every, source, quantization)
     else:
         hashes = write_shards(folder, every, SHARD_BYTES)
     carry_over(source.folder, folder)
@@ -78,7 +79,7 @@ def carry_over(source: Path, folder: Path) -> None:
 
     A GGUF file has the tokenizer within; it is written as files.
     """
-    place, extra = gguf_file.tokenizer_source(source)
+    place, extra = gguf_files.tokenizer_source(source)
     if extra:
         from transformers import AutoTokenizer
 

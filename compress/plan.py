@@ -11,11 +11,12 @@ from typing import Any
 
 import torch
 
-from compress import clients, gguf_writer
+from compress import clients
 from compress.blocks import ROUTERS, BlockModel, Linear
 from compress.errors import CompressError
 from compress.formats import DEFAULT, FORMATS, OWN
 from compress.formats.base import Format, Held
+from compress.gguf import writer as gguf_writing
 from compress.recipe import Recipe, Where, chained
 from compress.types import Needs, Pass, Storage, Transform
 
@@ -203,7 +204,7 @@ def make_plan(
     )
     plan.quantization_config()  # refuses now what could not be written later
     if format.container == "gguf":
-        gguf_writer.refuse(weights.checkpoint)
+        gguf_writing.refuse(weights.checkpoint)
     if target is not None:
         clients.refuse(target, format.name, plan.held())
     return plan

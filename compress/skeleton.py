@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from compress import gguf_file
 from compress.checkpoint import read_json
 from compress.errors import CompressError
+from compress.gguf import files as gguf_files
 from compress.weights import Weights
 
 
@@ -63,7 +63,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoConfig
 
     where = folder / "config.json"
-    lone = gguf_file.lone_config(folder)
+    lone = gguf_files.lone_config(folder)
     _refuse_counts(read_json(where) if lone is None else lone, str(where if lone is None else folder))
     with quiet_transformers("transformers cannot read it", str(where), _REMEDY):
         if lone is None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from compress.blocks import BlockModel, refuse_infinite
 from compress.checkpoint import Checkpoint, hash_files, tensor_bytes
 from compress.errors import CompressError
-from compress.gguf_writer import COMPUTED
+from compress.gguf.writer import COMPUTED
 from compress.output import RECORD, WEIGHT_FILES, read_record
 from compress.weights import Weights
 

@@ -22,6 +22,10 @@ from torch import Tensor, nn
 import compress
 from compress.checkpoint import Checkpoint, tensor_bytes, write_json
 from compress.errors import CompressError
+from compress.examine import examine
+from compress.export import export
+from compress.inventory import inventory
+from compress.linear import PackedLinear
 from compress.types import Storage
 from compress.weights import Weights
 
@@ -111,6 +115,26 @@ def test_kept(label: str, scored: Callable[[Path], float]) -> None:
     assert len(weights.packed) == 14 - DENSE.get(label, 0) + (label == "llmcompressor-head")
     assert 50 < scored(folder) < 5000  # random weights: 320 for guessing
     assert sum(f.stat().st_size for f in folder.iterdir()) < 300_000
+
+
+@pytest.mark.parametrize("label", KEPT)
+def test_every_command_takes_them(label: str, tmp_path: Path) -> None:
+    """Listed, checked, loaded packed, and moved to our own format with every value as it was."""
+    folder = DATA / label
+    weights = Weights(Checkpoint.open(folder))
+    listed = {x.name: x for x in inventory(folder).layers}
+    assert set(listed) == weights.packed
+    assert all(x.storage.bits <= x.bits_per_weight < x.storage.bits + 3 for x in listed.values())
+    assert "packed ones dequantise, all values are finite" in examine(folder, client=False)[1]
+    model = compress.load(folder, device="cpu", dtype="float32", kernels=False)
+    layers = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    assert len(layers) == len(weights.packed)
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(torch.arange(20)[None]).logits).all())
+    done = export(folder, tmp_path / "native", "native")
+    assert (done.losses, done.largest_change) == ({}, 0)
+    moved = Weights(Checkpoint.open(tmp_path / "native"))
+    assert all(torch.equal(weights.read(n), moved.read(n)) for n in weights.shapes())
 
 
 def test_no_folder_without_a_test() -> None:

@@ -35,9 +35,11 @@ from transformers import (
     Qwen3Config,
 )
 
-from compress import GPTQ, RTN, gguf_tokenizer, gguf_writer
+from compress import GPTQ, RTN
 from compress.assets import folder
 from compress.checkpoint import Checkpoint
+from compress.gguf import tokenizer as gguf_tokenizer
+from compress.gguf import writer
 
 pytestmark = [pytest.mark.clients, pytest.mark.xdist_group("llamacpp")]
 
@@ -171,7 +173,7 @@ def answers(tmp_path_factory: Any, make_model: Any, tokenizer: Any, compressed: 
         out = compressed(sources[case.model], case.method, format="gguf", no_verify=True)
         twin = dense_twin(out, torch.float32)
         checkpoint = Checkpoint.open(twin)
-        gguf_writer.write(twin / "dense.gguf", checkpoint.tensors.items(), checkpoint, {})
+        writer.write(twin / "dense.gguf", checkpoint.tensors.items(), checkpoint, {})
         folders[str(case)] = (len(jobs), out, twin)
         text = TEXTS.get(case.model, CORPUS)
         common = {"tokens": tokens(case.model), "text": text, "generate": GENERATE}

@@ -17,12 +17,12 @@ from gguf.quants import dequantize, quantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress import gguf_file
 from compress.checkpoint import Checkpoint, halves_apart, read_tensor, side_by_side
 from compress.errors import CompressError
 from compress.formats import FORMATS, of_config
 from compress.formats.base import Held, LayerShape
 from compress.formats.gguf import GGUF, TYPES
+from compress.gguf import header as header_of
 from compress.packed.affine import Affine
 from compress.packed.dense import Dense
 from compress.packed.uniform import UniformGrid
@@ -227,14 +227,14 @@ def peer_file(
 def test_header_is_what_gguf_py_reads(tmp_path: Path) -> None:
     path = tmp_path / "peer.gguf"
     peer_file(path)
-    header, theirs = gguf_file.read_header(path), GGUFReader(path)
+    header, theirs = header_of.read_header(path), GGUFReader(path)
     assert {t.name for t in theirs.tensors} == set(header.tensors)
     for tensor in theirs.tensors:
         info = header.tensors[tensor.name]
         assert (info.start, info.nbytes, info.type) == (tensor.data_offset, tensor.n_bytes, tensor.tensor_type)
         assert info.shape == tuple(int(n) for n in reversed(tensor.shape))
     assert header.metadata["llama.attention.head_count"] == 4
-    assert header.metadata["tokenizer.ggml.tokens"] == gguf_file.Array(8, 40)
+    assert header.metadata["tokenizer.ggml.tokens"] == header_of.Array(8, 40)
     assert header.real("attention.layer_norm_rms_epsilon") == 1e-5
 
 
@@ -298,7 +298,7 @@ def test_bad_headers(case: str, tmp_path: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(BAD[case])
     with pytest.raises(CompressError) as raised:
-        gguf_file.read_header(path)
+        header_of.read_header(path)
     assert raised.value.remedy
 
 
@@ -309,7 +309,7 @@ def test_a_good_file_by_hand(tmp_path: Path) -> None:
     for version in (2, 3):
         raw = build(*keys, tensors=[entry("t", (8,), 0, 64), entry("u", (16,), 0, 0)], version=version)
         path.write_bytes(raw + bytes(-len(raw) % 64) + bytes(96))
-        header = gguf_file.read_header(path)
+        header = header_of.read_header(path)
         assert header.tensors["t"].start - header.tensors["u"].start == 64
         assert header.tensors["u"].start % 64 == 0
         assert header.metadata["b"] is True
@@ -347,7 +347,7 @@ def test_mutated_files(tmp_path: Path) -> None:
     path = tmp_path / "a.gguf"
     peer_file(path)
     good = path.read_bytes()
-    start = gguf_file.read_header(path)
+    start = header_of.read_header(path)
     header_bytes = min(t.start for t in start.tensors.values())
     rng = random.Random(7)
     told = read = 0

@@ -46,7 +46,7 @@ def describe(folder: Path, vocab_size: int) -> dict[str, Any]:
     """
     from transformers import AutoTokenizer
 
-    from compress.gguf_file import tokenizer_source
+    from compress.gguf.files import tokenizer_source
     from compress.skeleton import quiet_transformers
 
     place, extra = tokenizer_source(folder)

@@ -25,10 +25,13 @@ from transformers import (
 )
 
 import compress
-from compress import GPTQ, RTN, gguf_file, gguf_tokenizer, gguf_writer
+from compress import GPTQ, RTN
 from compress.api import find_model, load_tokenizer
 from compress.checkpoint import Checkpoint, write_shards
 from compress.errors import CompressError
+from compress.gguf import config as gguf_config
+from compress.gguf import tokenizer as gguf_tokenizer
+from compress.gguf import writer
 from compress.skeleton import load_config
 from compress.verify import digest
 from compress.weights import Weights
@@ -363,7 +366,7 @@ def test_rope_frequencies_of_llama3(source: Any, tmp_path: Path) -> None:
     assert len(set(factors.tolist())) > 3
     assert torch.allclose(plain / torch.from_numpy(factors.copy()), model.model.rotary_emb.inv_freq, rtol=1e-6)
     real = LLAMA3 | {"rope_theta": 500000.0, "original_max_position_embeddings": 8192}
-    assert gguf_file.rope_factors(real, 128)[-1] == 8.0
+    assert gguf_config.rope_factors(real, 128)[-1] == 8.0
 
 
 REFUSED: dict[str, tuple[Any, str]] = {
@@ -383,7 +386,7 @@ def test_refused_before_any_work(case: str, make_model: Any, tokenizer: Any, tmp
     folder = make_model(config, tmp_path / "model", tokenizer)
     if case == "gpt2":  # whose layers the format refuses first
         with pytest.raises(CompressError, match=expected):
-            gguf_writer.refuse(Checkpoint.open(folder))
+            writer.refuse(Checkpoint.open(folder))
         return
     with pytest.raises(CompressError, match=expected):
         packed(folder, tmp_path / "out")
@@ -392,7 +395,7 @@ def test_refused_before_any_work(case: str, make_model: Any, tokenizer: Any, tmp
 
 def test_a_window_shortens_the_context(make_model: Any, tokenizer: Any, tmp_path: Path) -> None:
     folder = make_model(MistralConfig(**SIZES, sliding_window=32), tmp_path / "model", tokenizer)
-    assert gguf_writer.describe(Checkpoint.open(folder))[1]["llama.context_length"] == 32
+    assert writer.describe(Checkpoint.open(folder))[1]["llama.context_length"] == 32
 
 
 def test_tensors_without_a_place(source: Any) -> None:
@@ -400,8 +403,8 @@ def test_tensors_without_a_place(source: Any) -> None:
     some = checkpoint.tensors["model.norm.weight"]
     odd = Checkpoint(checkpoint.folder, checkpoint.config, {**checkpoint.tensors, "model.mtp.weight": some})
     with pytest.raises(CompressError, match="no place in a GGUF file"):
-        gguf_writer.refuse(odd)
-    gguf_writer.refuse(
+        writer.refuse(odd)
+    writer.refuse(
         Checkpoint(checkpoint.folder, checkpoint.config, {"model.layers.0.self_attn.rotary_emb.inv_freq": some})
     )
 
@@ -409,7 +412,7 @@ def test_tensors_without_a_place(source: Any) -> None:
 def test_no_tokenizer(make_model: Any, tmp_path: Path) -> None:
     folder = make_model(MODELS["llama"], tmp_path / "model")
     with pytest.raises(CompressError, match=r"put tokenizer\.json"):
-        gguf_writer.refuse(Checkpoint.open(folder))
+        writer.refuse(Checkpoint.open(folder))
 
 
 def test_disk_that_is_full(source: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -419,7 +422,7 @@ def test_disk_that_is_full(source: Any, tmp_path: Path, monkeypatch: pytest.Monk
     checkpoint = Checkpoint.open(source("llama"))
     monkeypatch.setattr(GGUFWriter, "write_tensor_data", full)
     with pytest.raises(CompressError, match="cannot be written"):
-        gguf_writer.write(tmp_path / "model.gguf", checkpoint.tensors.items(), checkpoint, {})
+        writer.write(tmp_path / "model.gguf", checkpoint.tensors.items(), checkpoint, {})
     assert not (tmp_path / "model.gguf").exists()
 
 

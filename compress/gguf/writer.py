@@ -19,7 +19,9 @@ import torch
 from compress.checkpoint import Checkpoint, Stored, _durably, hash_files, read_tensor, side_by_side, tensor_bytes
 from compress.errors import CompressError
 from compress.formats.gguf import TYPES
-from compress.gguf_file import LAYERS_KEY, ROPE_FREQS, rope_factors, rope_heads, to_gguf
+from compress.gguf.config import rope_factors
+from compress.gguf.header import LAYERS_KEY, ROPE_FREQS
+from compress.gguf.names import rope_heads, to_gguf
 
 SINGLE = "model.gguf"
 #: model_type -> llama.cpp's architecture
@@ -46,7 +48,7 @@ def describe(source: Checkpoint) -> tuple[str, dict[str, Any]]:
     Raises:
         CompressError: gguf is not installed; something of the model that llama.cpp does not compute.
     """
-    from compress.gguf_tokenizer import describe as describe_tokenizer
+    from compress.gguf.tokenizer import describe as describe_tokenizer
     from compress.skeleton import load_config
 
     try:
