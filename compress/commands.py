@@ -113,6 +113,9 @@ def export_command(
     ] = False,
     target: Annotated[Optional[str], typer.Option(help="the client that must load the result")] = None,  # noqa: UP045
     no_verify: Annotated[bool, typer.Option("--no-verify", help="do not read the result back")] = False,
+    no_client: Annotated[
+        bool, typer.Option("--no-client", help="do not load it through the client that reads its format")
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
     device: _Device = None,
     trust_remote_code: _Code = False,
@@ -135,6 +138,7 @@ def export_command(
             target=target,
             overwrite=overwrite,
             check=not no_verify,
+            client=not no_client,
             device=api.find_device(device),
             trust_remote_code=trust_remote_code,
             step=lambda done, total: progress(Status("export", done, total)),

@@ -83,6 +83,7 @@ def export(
     target: str | None = None,
     overwrite: bool = False,
     check: bool = True,
+    client: bool = True,
     device: torch.device | None = None,
     trust_remote_code: bool = False,
     step: Step = lambda done, total: None,
@@ -93,7 +94,8 @@ def export(
         format: a name in the FORMATS table.
         lossy: go on where something is lost.
         target: the client that must be able to load the result (a name in clients.CLIENTS).
-        check: read the result back and load it through its client.
+        check: read the result back.
+        client: and load it through its client.
         device: where the client is asked.
 
     Raises:
@@ -152,8 +154,9 @@ def export(
             done.proof = verify(
                 journal.final, records, weights.checkpoint, trust_remote_code, owned=owners, hashes=hashes
             )
-            answer = ask(journal.final, None, device or torch.device("cpu"), trust_remote_code)
-            done.proof = replace(done.proof, clients=(answer.line(),))
+            if client:
+                answer = ask(journal.final, None, device or torch.device("cpu"), trust_remote_code)
+                done.proof = replace(done.proof, clients=(answer.line(),))
         _finish(journal.final, source, done, records, weights.format_name or "dense")
         journal.publish()
     return done

@@ -148,7 +148,6 @@ def test_device_map(native: Callable[..., Path]) -> None:
     [
         "import compress, transformers",
         "import transformers, compress",
-        "import transformers.quantizers.auto, compress",
         "import transformers; transformers.AutoModelForCausalLM; import compress",
     ],
 )

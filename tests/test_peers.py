@@ -131,7 +131,7 @@ def test_every_command_takes_them(label: str, tmp_path: Path) -> None:
     assert len(layers) == len(weights.packed)
     with torch.no_grad():
         assert bool(torch.isfinite(model(torch.arange(20)[None]).logits).all())
-    done = export(folder, tmp_path / "native", "native")
+    done = export(folder, tmp_path / "native", "native", client=False)
     assert (done.losses, done.largest_change) == ({}, 0)
     moved = Weights(Checkpoint.open(tmp_path / "native"))
     assert all(torch.equal(weights.read(n), moved.read(n)) for n in weights.shapes())

@@ -23,6 +23,14 @@ from compress.recipe import Recipe
 from compress.report import card
 
 
+@pytest.fixture(scope="session")
+def text_file(text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text of a few windows: what its figures are is of no interest here."""
+    short = tmp_path_factory.mktemp("short") / "text.txt"
+    short.write_text(text_file.read_text()[:3000])
+    return short
+
+
 @pytest.fixture
 def source(toy: Path, tmp_path: Path) -> Path:
     """A copy of the toy whose card can be written."""
