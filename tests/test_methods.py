@@ -33,7 +33,6 @@ COMMANDS = {
     "int8 --threshold 3 --zeropoint --weights tensor --rule paper": "native",
     # GPTQ
     "gptq --bits 2 --asymmetric --group-size 32": "compressed-tensors",
-    "gptq --bits 3 --include *.0.self_attn.k_proj --reference obq": "compressed-tensors",
     # SparseGPT
     "sparsegpt": "native",
     "sparsegpt --pattern 2:4 --method wanda": "native",
@@ -104,6 +103,17 @@ def test_command(
     assert files == pytest.approx(report["size"]["bytes_after"], rel=0.02, abs=20_000)
     card = (tmp_path / "out" / "README.md").read_text()
     assert name in card
+
+
+def test_obq_on_a_layer(
+    toy: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Cubic in the columns for every row: a small layer of the toy model."""
+    run = ["--calib", text_file, "--samples", 8, "--seq-len", 64, "--no-eval", "--device", "cpu", "--json"]
+    options = ["--bits", 3, "--group-size", 32, "--include", "*.0.self_attn.k_proj", "--reference", "obq"]
+    report = call(monkeypatch, capsys, "gptq", toy, *options, *run, "-o", tmp_path / "out")
+    assert [r["name"] for r in report["layers"]] == ["model.layers.0.self_attn.k_proj"]
+    assert 0 < report["layers"][0]["relative_error"] < 0.2
 
 
 def test_every_method_is_a_command_above() -> None:
