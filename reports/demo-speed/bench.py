@@ -62,7 +62,7 @@ model_dir, rows_file, out, bits, group = sys.argv[1:6]
 rows = load_file(rows_file)["rows"]
 begun = time.perf_counter()
 compress_checkpoint(Job(Path(model_dir), Path(out), Recipe.of(compress.GPTQ(bits=int(bits), group_size=int(group))),
-                        rows=Rows(rows, "bundled", (), "-"), origin="bundled"))
+                        rows=Rows(rows, "bundled", (), "-"), origin="bundled", client=False))
 print("SECONDS", time.perf_counter() - begun)
 """
 

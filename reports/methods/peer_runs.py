@@ -94,7 +94,9 @@ def ours(bench: Bench, step: str) -> dict[str, Any]:
     def work(rows: Rows) -> dict[str, Any]:
         form = pick("auto", [p.storage for p in recipe.passes])
         given = rows if recipe.needs else None
-        job = Job(bench.source, bench.out, recipe, form, given, device=bench.device, origin="peers", fresh=True)
+        job = Job(
+            bench.source, bench.out, recipe, form, given, device=bench.device, origin="peers", fresh=True, client=False
+        )
         return {"bits": stored_bits(compress_checkpoint(job)), "format": form}
 
     return bench.make(work, "ours " + step.split()[0])

@@ -106,6 +106,7 @@ def one(args: argparse.Namespace, source: Path, name: str, steps: list[str], tok
     out = args.out / "checkpoint"
     shutil.rmtree(out, ignore_errors=True)
     options: dict[str, Any] = {"calib": args.calib, "samples": args.samples, "seq_len": args.seq_len, "fresh": True}
+    options["no_client"] = True  # the result is scored below
     begun = time.perf_counter()
     try:
         recipe = make_recipe({"steps": steps}, "methods", name)

