@@ -30,8 +30,11 @@ from compress.weights import Weights
 #: rows and tokens a row that are compared
 ROWS, TOKENS = 2, 64
 #: KL divergence of the client's distributions from ours, in nats a token, that is still the same model: 16-bit sums in
-#: another order; and clients that round activations to 8 bits in their own way
-_SAME, _SAME_ROUNDED = 1e-3, 0.05
+#: another order
+_SAME = 1e-3
+#: clients round inputs to 8 bits in their own way (by 127 or by 127.5, through float16), so their noise is another than
+#: ours: as many times the divergence that our own rounding of the inputs makes are allowed
+_NOISE = 4.0
 #: by format, what transformers needs to read it
 _PACKAGES = {
     "compressed-tensors": ("compressed_tensors",),
@@ -94,24 +97,44 @@ def ask(folder: Path, tokens: Tensor | None, device: torch.device, trust_remote_
         return Answer(
             client, reason=f"the model takes {needed / 1e9:.1f} GB in one piece, {free / 1e9:.1f} GB are free"
         )
-    with tempfile.TemporaryDirectory(prefix="compress-ask-") as scratch:
-        model = BlockModel(weights, dtype, place, trust_remote_code)
-        rows = _rows(tokens, model)
-        flow = final_states(model, rows, Path(scratch) / "states")
-        ours = torch.cat([model.logits(flow.states(i), flow.batch(i)).cpu() for i in range(len(flow))])
-        flow.close()
-        unknown = set(model.unexpected)
-        del model, flow
+    model = BlockModel(weights, dtype, place, trust_remote_code)
+    rows, unknown = _rows(tokens, model, folder, trust_remote_code), set(model.unexpected)
+    ours = _ours(model, rows)
+    allowed = _SAME
+    if any(weights.activations(x) for x in weights.packed):
+        plain = _ours(BlockModel(_PlainInputs(weights.checkpoint), dtype, place, trust_remote_code), rows)
+        allowed = max(_SAME, _NOISE * divergence(ours, plain))
+    del model
     gc.collect()
     theirs = _theirs(folder, format, rows, dtype, place, trust_remote_code, unknown)
-    log_p, log_q = F.log_softmax(ours.double(), -1), F.log_softmax(theirs.double(), -1)
-    kl = float((log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp(min=0))
-    top1 = float((log_p.argmax(-1) == log_q.argmax(-1)).float().mean())
-    allowed = _SAME_ROUNDED if any(weights.activations(x) for x in weights.packed) else _SAME
+    kl = divergence(ours, theirs)
+    top1 = float((ours.argmax(-1) == theirs.argmax(-1)).float().mean())
     if not kl <= allowed:
         what = f"{client} computes something else than the files hold: KL {kl:.2g} nats a token, top-1 {top1:.0%}"
         raise CompressError(what, str(folder), "do not use these files there; --no-verify keeps them all the same")
     return Answer(client, kl, top1)
+
+
+class _PlainInputs(Weights):
+    """A checkpoint whose layers take their inputs as they are."""
+
+    def activations(self, layer: str) -> str:
+        return ""
+
+
+def _ours(model: BlockModel, rows: Tensor) -> Tensor:
+    """float32 logits [rows, seq, vocab], streamed block by block."""
+    with tempfile.TemporaryDirectory(prefix="compress-ask-") as scratch:
+        flow = final_states(model, rows, Path(scratch) / "states")
+        out = torch.cat([model.logits(flow.states(i), flow.batch(i)).cpu() for i in range(len(flow))])
+        flow.close()
+    return out
+
+
+def divergence(ours: Tensor, theirs: Tensor) -> float:
+    """Mean KL divergence of the second's next-token distributions from the first's, in nats; of logits [..., vocab]."""
+    log_p, log_q = F.log_softmax(ours.double(), -1), F.log_softmax(theirs.double(), -1)
+    return float((log_p.exp() * (log_p - log_q)).sum(-1).mean().clamp(min=0))
 
 
 def _theirs(
@@ -160,6 +183,19 @@ def _theirs(
     return out
 
 
+def _bundled(folder: Path, trust_remote_code: bool) -> Tensor | None:
+    """int64 [n]: some bundled text in the model's own tokens; None where its tokenizer is not there."""
+    from compress.api import load_tokenizer
+    from compress.assets import folder as assets
+
+    try:
+        tokenizer = load_tokenizer(folder, trust_remote_code)
+    except CompressError:
+        return None
+    text = (assets("calib") / "text" / "heldout.txt").read_text(encoding="utf-8")[:4000]
+    return torch.tensor(tokenizer(text)["input_ids"], dtype=torch.int64)
+
+
 def model_dtype(weights: Weights) -> torch.dtype:
     """The dtype that config.json names, else that of the first weight."""
     named = weights.checkpoint.config.get("dtype") or weights.checkpoint.config.get("torch_dtype")
@@ -188,8 +224,10 @@ def _place(weights: Weights, dtype: torch.dtype, device: torch.device) -> tuple[
     return (torch.device("cpu") if needed <= _FULL * free else None), needed, free
 
 
-def _rows(tokens: Tensor | None, model: BlockModel) -> Tensor:
-    """int64 [rows, seq]: some of `tokens`, or seeded random ids."""
+def _rows(tokens: Tensor | None, model: BlockModel, folder: Path, trust_remote_code: bool) -> Tensor:
+    """int64 [rows, seq]: some of `tokens`, else of the bundled text, else (a folder without a tokenizer) random ids."""
+    if tokens is None:
+        tokens = _bundled(folder, trust_remote_code)
     if tokens is not None and tokens.dim() == 1:
         length = min(TOKENS, len(tokens) // ROWS)
         tokens = tokens[: ROWS * length].reshape(ROWS, length)

@@ -194,6 +194,19 @@ def test_a_client_that_fails(toy: Path, tmp_path: Path, monkeypatch: Any, fault:
     compress.run(toy, compress.RTN(group_size=32), tmp_path / "out", no_eval=True, device="cpu", no_verify=True)
 
 
+@pytest.mark.parametrize("format", ["compressed-tensors", "bitsandbytes"])
+def test_inputs_in_8_bits(toy: Path, tmp_path: Path, monkeypatch: Any, format: str) -> None:
+    """Clients round inputs in their own ways: as far from ours as rounding is, and no further."""
+    recipe = make_recipe({"steps": ["absmax activations=token"]}, "m", "m")
+    given: dict[str, Any] = {"no_eval": True, "device": "cpu", "format": format}
+    result = compress.run(toy, recipe, tmp_path / "out", **given)
+    assert result.proof is not None
+    assert "loads it" in result.proof.clients[0]
+    Wrong(monkeypatch, "random")
+    with pytest.raises(CompressError, match="computes something else"):
+        compress.run(toy, recipe, tmp_path / "wrong", **given)
+
+
 def test_a_client_that_is_not_there(written: Path, monkeypatch: Any) -> None:
     monkeypatch.setitem(client._PACKAGES, "compressed-tensors", ("no_such_package_here",))
     answer = client.ask(written, None, torch.device("cpu"))
