@@ -88,9 +88,9 @@ class BlockModel:
         self.model = skeleton(weights, trust_remote_code)
         self.model.config.use_cache = False
         self._list_name, self._blocks = decoder_blocks(self.model, weights.folder)
-        self._parts, self.unexpected = disk_names(self.model, weights)
+        self.parts, self.unexpected = disk_names(self.model, weights)
         buffers = dict(self.model.named_buffers())
-        self._buffers = {n: self._parts.pop(n)[0].name for n in list(self._parts) if n in buffers}
+        self._buffers = {n: self.parts.pop(n)[0].name for n in list(self.parts) if n in buffers}
         self._calls: dict[tuple[int, int], list[Call]] = {}
         self._tuple: bool | None = None
         self._ready = False
@@ -110,11 +110,11 @@ class BlockModel:
         """The output head, None when it is tied to the embeddings or not on disk."""
         module = self.model.get_output_embeddings()
         name = next((n for n, m in self.model.named_modules() if m is module), None)
-        if name is None or f"{name}.weight" not in self._parts:
+        if name is None or f"{name}.weight" not in self.parts:
             return None
         if module.weight is self.model.get_input_embeddings().weight:
             return None
-        disk = self._parts[f"{name}.weight"][0].name.removesuffix(".weight")
+        disk = self.parts[f"{name}.weight"][0].name.removesuffix(".weight")
         rows, columns = module.weight.shape
         return Linear(disk, f"{name}.weight", (rows, columns), head=True)
 
@@ -136,10 +136,10 @@ class BlockModel:
                 param = f"{prefix}.{name}.weight"
                 shape = tuple(module.weight.shape)
                 transposed = isinstance(module, Conv1D)
-                disk = self._parts[param][0].name.removesuffix(".weight")
+                disk = self.parts[param][0].name.removesuffix(".weight")
                 own = isinstance(module, nn.Linear) and type(module).forward is not nn.Linear.forward
                 found.append(Linear(disk, param, shape[::-1] if transposed else shape, transposed, own_forward=own))
-        for param, parts in self._parts.items():
+        for param, parts in self.parts.items():
             if param.startswith(prefix + ".") and parts[0].expert is not None:
                 found.extend(self._experts(param, parts))
         return found
@@ -155,7 +155,7 @@ class BlockModel:
     def disk_tensors(self, block: int) -> list[str]:
         """Dense names of every disk tensor that belongs to a block."""
         prefix = self.block_names[block] + "."
-        return [p.name for param, parts in self._parts.items() if param.startswith(prefix) for p in parts]
+        return [p.name for param, parts in self.parts.items() if param.startswith(prefix) for p in parts]
 
     def dense_linears(self) -> list[str]:
         """Module names of the linear layers outside the blocks (lm_head)."""
@@ -213,9 +213,9 @@ class BlockModel:
     def bias(self, linear: Linear) -> tuple[str, Tensor] | None:
         """A loaded layer's bias and its name on disk, None where it has none (or shares it with other experts)."""
         param = linear.param.rpartition(".")[0] + ".bias"
-        if linear.expert is not None or param not in self._parts:
+        if linear.expert is not None or param not in self.parts:
             return None
-        return self._parts[param][0].name, self.model.get_parameter(param).data
+        return self.parts[param][0].name, self.model.get_parameter(param).data
 
     def set_stored(self, block: int, name: str, value: Tensor) -> None:
         """Overwrite what the disk tensor `name` fills in a loaded block by a value shaped as on disk."""
@@ -223,7 +223,7 @@ class BlockModel:
         if linear is not None:
             self.set_weight(linear, value.t() if linear.transposed else value)
             return
-        param = next(p for p, parts in self._parts.items() if any(part.name == name for part in parts))
+        param = next(p for p, parts in self.parts.items() if any(part.name == name for part in parts))
         self.model.get_parameter(param).data.copy_(value)
 
     def _compute_as_stored(self, linear: Linear) -> None:
@@ -231,10 +231,10 @@ class BlockModel:
             self.set_packed(linear, self.weights.read_packed(linear.name, self.device))
 
     def _params(self, prefix: str) -> list[str]:
-        return [p for p in self._parts if p.startswith(prefix + ".")]
+        return [p for p in self.parts if p.startswith(prefix + ".")]
 
     def _fill(self, param: str) -> None:
-        parts = self._parts[param]
+        parts = self.parts[param]
         like = self.model.get_parameter(param)
         if parts[0].expert is None:
             value = self._read(parts[0].name)
@@ -264,7 +264,7 @@ class BlockModel:
         if self._ready:
             return
         inside = self._list_name + "."
-        for param in self._parts:
+        for param in self.parts:
             if not param.startswith(inside):
                 self._fill(param)
         self.model.tie_weights()

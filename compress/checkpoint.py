@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -52,7 +53,7 @@ class Stored:
         nbytes: how many.
         dtype: safetensors' name of the dtype ("BF16").
         shape: as stored.
-        rope_heads: the rows lie in GGUF's order for so many heads, see `gguf_file`; 0: as they are.
+        rope_heads: the rows lie in GGUF's order for so many heads, see `compress.gguf.files`; 0: as they are.
     """
 
     file: Path
@@ -90,12 +91,10 @@ def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """A JSON object. Raises ValueError for a name that comes twice, of which readers keep one or the other."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise ValueError(f"{twice!r} comes twice in its header")
-    return found
+    name, count = Counter(name for name, _ in pairs).most_common(1)[0] if pairs else ("", 0)
+    if count > 1:
+        raise ValueError(f"{name!r} comes twice in its header")
+    return dict(pairs)
 
 
 def read_header(path: Path) -> dict[str, Stored]:

@@ -165,7 +165,7 @@ def export(
 def _dtype(form: Format, weights: Weights) -> torch.dtype:
     """Of the scales in the new files; our own format takes any, so there they stay what they are."""
     if form.name == OWN and weights.packed:
-        return weights.read_packed(min(weights.packed)).dequantize().dtype
+        return weights.dtype(min(weights.packed) + ".weight")
     return form.scale_dtype(model_dtype(weights))
 
 

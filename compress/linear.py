@@ -19,7 +19,6 @@ from compress.packed.blockwise import Blockwise
 from compress.packed.outlier_columns import OutlierColumns
 from compress.packed.outliers import Outliers
 from compress.packed.sparse import Sparse
-from compress.packed.uniform import UniformGrid
 from compress.types import Packed, Storage
 
 #: bytes of a dense weight that may exist at once; a larger layer is multiplied by runs of its output rows
@@ -277,7 +276,9 @@ class PackedLinear(nn.Module):
         dense = torch.empty(stop - start, self.in_features, dtype=dtype, device=device)
         at_once = _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE) // self.in_features
         for first, last in self._runs(rows, at_once, start, stop):
-            dense[first - start : last - start] = dequantised(rows.read(first, last))
+            part = rows.read(first, last)
+            part = part.inner if isinstance(part, Sparse) else part  # which would prove its zeros each time
+            dense[first - start : last - start] = part.dequantize()
         return dense
 
     def _runs(self, rows: Rows, count: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, int]]:
@@ -290,19 +291,6 @@ class PackedLinear(nn.Module):
     def _reader(self) -> Rows | None:
         """How to unpack some of its rows alone; None for a kind that must be unpacked whole."""
         return None if self._kernel is not None else reader(self._stored(), self.storage, self.shape, self.dtype)
-
-
-def dequantised(packed: Packed) -> Tensor:
-    """`packed.dequantize()` to the last bit, faster: [out, in]."""
-    if isinstance(packed, Sparse):
-        return dequantised(packed.inner)  # it would prove its zeros each time
-    size = packed.group_size if isinstance(packed, UniformGrid) else 0
-    if not isinstance(packed, UniformGrid) or packed.g_idx is not None or size == 0 or packed.shape[1] % size:
-        return packed.dequantize()
-    rows, groups = packed.scales.shape  # whole groups side by side: their scales are not gathered column by column
-    offset = packed.codes.to(torch.int16).reshape(rows, groups, -1)
-    offset -= 2 ** (packed.bits - 1) if packed.zeros is None else packed.zeros.to(torch.int16)[..., None]
-    return offset.to(packed.scales.dtype).mul_(packed.scales[..., None]).reshape(packed.shape)
 
 
 class Rows:

@@ -81,12 +81,12 @@ def load(
         layer.prepare(streamed.dtype)
         return layer
 
-    replaced = replace_linears(streamed.model, weights, streamed._parts, make)
+    replaced = replace_linears(streamed.model, weights, streamed.parts, make)
     for name, disk in replaced.dense_slices.items():
         value = weights.read(disk).to(place, streamed.dtype)
         streamed.model.get_submodule(name).weight = nn.Parameter(value, requires_grad=False)
     for param in replaced.params:
-        del streamed._parts[param]
+        del streamed.parts[param]
     tell_dense(replaced)
     for block in range(len(streamed.block_names) + 1):
         streamed.load(block)

@@ -17,9 +17,8 @@ from compress.formats.base import Describing, Format
 from compress.types import Packed, Storage
 
 _REMEDY = "its quantization_config does not belong to its tensors: download it again"
-
-
-_UNFIT = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError)
+_UNFIT = (KeyError, IndexError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError, AssertionError,
+          re.error)  # fmt: skip
 
 
 @contextmanager
@@ -31,7 +30,9 @@ def _fitting(where: object) -> Iterator[None]:
     """
     try:
         yield
-    except (*_UNFIT, AssertionError, re.error) as error:
+    except torch.OutOfMemoryError:  # a RuntimeError too, and no fault of the files
+        raise
+    except _UNFIT as error:
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         raise CompressError(f"cannot be unpacked ({reason})", str(where), _REMEDY) from error
     except CompressError as error:

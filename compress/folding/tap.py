@@ -221,7 +221,7 @@ class Block:
 
 def parts_of(model: BlockModel, param: str) -> list[str]:
     """The disk tensors that fill a parameter."""
-    return [part.name for part in model._parts.get(param, [])]
+    return [part.name for part in model.parts.get(param, [])]
 
 
 def _nodes(model: BlockModel, block: int) -> dict[str, Node]:

@@ -1,4 +1,4 @@
-"""GGUF's blocks: what llama.cpp and everything built on it loads. `compress.gguf_file` is the file around them.
+"""GGUF's blocks: what llama.cpp and everything built on it loads. `compress.gguf` is the file around them.
 
 A row of in_features weights lies in blocks of 32 (llama.cpp, ggml-common.h):
 

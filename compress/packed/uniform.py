@@ -65,14 +65,20 @@ class UniformGrid:
 
     def dequantize(self) -> Tensor:
         """scale * (code - zero), rounded once, in the dtype of the scales: [out, in]."""
-        groups = self.column_groups()
-        dtype = self.scales.dtype
-        if self.zeros is None:
-            offset = self.codes.to(torch.int16) - 2 ** (self.bits - 1)
+        dtype, middle = self.scales.dtype, 2 ** (self.bits - 1)
+        rows, count = self.scales.shape
+        size = self.shape[1] if self.group_size == -1 else self.group_size
+        codes, scales, zeros = self.codes.to(torch.int16), self.scales, self.zeros
+        if self.g_idx is None and count * size == self.shape[1]:
+            # whole groups side by side: gathering a scale for every column would take longer than all the rest
+            codes, scales = codes.reshape(rows, count, size), scales[..., None]
+            zeros = None if zeros is None else zeros[..., None]
         else:
-            offset = self.codes.to(torch.int16) - self.zeros.to(torch.int16)[:, groups]
-        dense: Tensor = offset.to(dtype) * self.scales[:, groups]
-        return dense
+            groups = self.column_groups()
+            scales = scales[:, groups]
+            zeros = None if zeros is None else zeros[:, groups]
+        offset = codes.sub_(middle if zeros is None else zeros.to(torch.int16))
+        return offset.to(dtype).mul_(scales).reshape(self.shape)
 
     def rows(self, start: int, stop: int) -> Self:
         zeros = None if self.zeros is None else self.zeros[start:stop]

@@ -85,7 +85,10 @@ def client() -> Callable[[str], Callable[..., None]]:
 
         def run(script: str, *arguments: object, **variables: str) -> None:
             command = [str(folder / "bin" / "python"), str(HERE / script), *map(str, arguments)]
-            done = subprocess.run(command, capture_output=True, text=True, env=os.environ | variables, check=False)
+            where = arguments[0]  # gptqmodel writes its logs into the folder that it is called from
+            done = subprocess.run(
+                command, capture_output=True, text=True, env=os.environ | variables, cwd=str(where), check=False
+            )
             if done.returncode:
                 pytest.fail(f"{environment}: {done.stderr[-3000:]}", pytrace=False)
 
