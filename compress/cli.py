@@ -39,6 +39,7 @@ _OTHER = {
     "inspect": "what a checkpoint holds, layer by layer: kind, bits, groups, bytes",
     "verify": "check a checkpoint: files, layers, parameters, and what its client makes of it",
     "export": "move a packed checkpoint to another format without rounding again",
+    "doctor": "what this machine has: GPUs, kernels and why not, optional packages, free memory and disk",
     "demo": "the whole job on a small model that comes with the package: no hub, no GPU, a minute",
 }
 
@@ -80,6 +81,7 @@ def _build(name: str) -> Any:
         "inspect": commands.inspect_command,
         "verify": commands.verify_command,
         "export": commands.export_command,
+        "doctor": commands.doctor_command,
         "demo": demo_command,
         "methods": methods_command,
         "run": run_command(),

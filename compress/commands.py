@@ -144,3 +144,12 @@ def export_command(
             step=lambda done, total: progress(Status("export", done, total)),
         )
     print(json.dumps(done.as_json(), indent=2)) if as_json else files.print_export(done)
+
+
+def doctor_command(as_json: _Json = False) -> None:
+    """What this machine has: versions, GPUs, which kernels are used and if not why, optional packages, free space."""
+    from compress.doctor import examine
+    from compress.report import machine
+
+    found = examine()
+    print(json.dumps(found, indent=2)) if as_json else machine.print_machine(found)

@@ -21,15 +21,14 @@ COMPRESS_KERNELS=0 in the environment switches all of them off.
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 
 from compress import bits as bitpack
-from compress import int8
+from compress import fast, int8
 from compress.packed.uniform import UniformGrid
 from compress.types import Packed, Storage
 
@@ -40,41 +39,12 @@ _INT4_BLOCK = 64  # rows that are laid out together; each such block is independ
 _INT8_COLUMNS = 16  # in_features is a multiple of it
 
 
-class Kernel(Protocol):
-    """A layer in a layout that a kernel wants, instead of `Packed.tensors`: a frozen dataclass of tensors.
-
-    Attributes:
-        dtypes: of inputs that it takes; empty for any.
-    """
-
-    dtypes: ClassVar[tuple[torch.dtype, ...]]
-
-    @staticmethod
-    def why_not(storage: Storage, shape: tuple[int, int]) -> str | None:
-        """Why a layer cannot have it; None if it can."""
-        ...
-
-    @classmethod
-    def of(cls, packed: Packed) -> Self: ...
-
-    def linear(self, x: Tensor) -> Tensor:
-        """x [..., in] -> [..., out] in x's dtype, without bias."""
-        ...
-
-    def restore(self) -> UniformGrid:
-        """Exact inverse of `of`."""
-        ...
-
-    def tensors(self) -> dict[str, Tensor]: ...
-
-
 def enabled() -> bool:
     """Whether this machine has these kernels and they are not switched off."""
-    switched_off = os.environ.get("COMPRESS_KERNELS", "") in ("0", "off", "false", "no")
-    return not switched_off and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
+    return not fast.switched_off() and torch.backends.cpu.get_cpu_capability() in ("AVX2", "AVX512")
 
 
-def find(storage: Storage, shape: tuple[int, int]) -> type[Kernel] | None:
+def find(storage: Storage, shape: tuple[int, int]) -> type[fast.Kernel] | None:
     """The kernel for a layer on this machine, if there is one."""
     if not enabled():
         return None

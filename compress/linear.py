@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from compress import bits as bitpack
-from compress import cpu
+from compress import fast
 from compress.packed import KINDS
 from compress.packed.bilevel import BiLevel, Statistic
 from compress.packed.blockwise import Blockwise
@@ -87,8 +87,8 @@ class PackedLinear(nn.Module):
 
     Its buffers are the stored tensors, by their names in `Packed.tensors`, so it moves between devices and has a
     state_dict like any module; a change of dtype leaves them as they are and changes the bias alone. Where a kernel of
-    `compress.cpu` takes the layer, its layout replaces these buffers when a first input comes that it takes, and they
-    come back for a state_dict, another device or another dtype.
+    `compress.cpu` or `compress.cuda` takes the layer, its layout replaces these buffers when a first input comes that
+    it takes, and they come back for a state_dict, another device or another dtype.
 
     Without such a kernel the output is, bit for bit, `Packed.linear` plus the bias. The weight is unpacked a few rows
     at a time; a layer whose dense weight is above `BUDGET` is also multiplied by runs of rows, which may sum in
@@ -101,7 +101,7 @@ class PackedLinear(nn.Module):
         dtype: of the dequantised weight.
         bias: [out], or None.
         transposed: it takes the place of a Conv1D, which kept its weight as [in, out].
-        kernels: use the kernels of `compress.cpu`.
+        kernels: use the kernels of `compress.cpu` and `compress.cuda`.
     """
 
     bias: nn.Parameter | None
@@ -122,7 +122,8 @@ class PackedLinear(nn.Module):
         self.dtype = dtype
         self.transposed = transposed
         self.kernels = kernels
-        self._kernel: cpu.Kernel | None = None
+        self._kernel: fast.Kernel | None = None
+        self._refused: type[fast.Kernel] | None = None  # a kernel that does not take these tensors
         for name, tensor in tensors.items():
             self.register_buffer(name, tensor)
         self._parts = tuple(tensors)
@@ -194,23 +195,29 @@ class PackedLinear(nn.Module):
 
     def prepare(self, dtype: torch.dtype) -> None:
         """Take the layout now that inputs of this dtype will want, rather than with the first of them."""
-        device = next((t.device for t in self._buffers.values() if t is not None), torch.device("cpu"))
-        self._layout(torch.empty(0, dtype=dtype, device=device))
+        self._layout(torch.empty(0, dtype=dtype, device=self._device))
 
-    def _layout(self, x: Tensor) -> cpu.Kernel | None:
+    def _layout(self, x: Tensor) -> fast.Kernel | None:
         """The kernel for this input, with its layout in place; None with the stored one in place."""
         if self._kernel is None:
-            kind = cpu.find(self.storage, self.shape) if self.kernels and x.device.type == "cpu" else None
-            if kind is None or (kind.dtypes and x.dtype not in kind.dtypes):
+            kind = fast.find(self.storage, self.shape, x.device) if self.kernels else None
+            if kind is None or kind is self._refused or (kind.dtypes and x.dtype not in kind.dtypes):
                 return None
             made = kind.of(self.packed())
+            if made is None:
+                self._refused = kind
+                return None
             self._clear()
             for name, tensor in made.tensors().items():
                 self.register_buffer(f"kernel_{name}", tensor, persistent=False)
             self._kernel = made
-        elif x.device.type != "cpu" or (self._kernel.dtypes and x.dtype not in self._kernel.dtypes):
+        elif x.device != self._device or (self._kernel.dtypes and x.dtype not in self._kernel.dtypes):
             self._restore()
         return self._kernel
+
+    @property
+    def _device(self) -> torch.device:
+        return next((t.device for t in self._buffers.values() if t is not None), torch.device("cpu"))
 
     def _restore(self) -> None:
         """Put the stored tensors back in place of a kernel's."""
@@ -232,7 +239,10 @@ class PackedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> PackedLinear:
         """Moves the packed tensors without changing their dtype: `to`, `cuda`, `half`, `to_empty` come through here."""
-        if self._kernel is not None and fn(torch.empty(0, dtype=torch.uint8)).device.type != "cpu":
+        if (
+            self._kernel is not None
+            and fn(torch.empty(0, dtype=torch.uint8, device=self._device)).device != self._device
+        ):
             self._restore()
         buffers, self._buffers = self._buffers, {}
         try:
@@ -272,9 +282,8 @@ class PackedLinear(nn.Module):
 
     def _dense(self, rows: Rows, start: int, stop: int, dtype: torch.dtype) -> Tensor:
         """float [stop - start, in]: those rows, dequantised."""
-        device = next(t.device for t in self._buffers.values() if t is not None)
-        dense = torch.empty(stop - start, self.in_features, dtype=dtype, device=device)
-        at_once = _AT_ONCE.get(device.type, _AT_ONCE_ELSEWHERE) // self.in_features
+        dense = torch.empty(stop - start, self.in_features, dtype=dtype, device=self._device)
+        at_once = _AT_ONCE.get(self._device.type, _AT_ONCE_ELSEWHERE) // self.in_features
         for first, last in self._runs(rows, at_once, start, stop):
             part = rows.read(first, last)
             part = part.inner if isinstance(part, Sparse) else part  # which would prove its zeros each time

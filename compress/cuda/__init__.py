@@ -1,0 +1,1 @@
+"""CUDA kernels on packed weights: their sources (source), the machine (support), compiling and launching (compiler)."""

@@ -1,0 +1,67 @@
+"""The variants of each kernel that tests compile without a GPU: a row a variant. A file without rows fails.
+
+A row is the kernel's macros over its file's defaults, and the targets it is compiled for. Keep it to what differs in
+kind (a packed kind, a dtype, an extreme of tile or width): every row and target costs about half a second.
+
+    .venv/bin/python tests/kernels/test_compile.py --write     after a change here or in kernels/
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+ALL = ("sm_80", "sm_86", "sm_89", "sm_90a")
+ENDS = ("sm_80", "sm_90a")  # where the others tell nothing new
+HOPPER = ("sm_90a",)
+
+Macros = dict[str, int | str]
+
+
+class Variant(NamedTuple):
+    """`kernel`: the extern "C" function."""
+
+    kernel: str
+    macros: Macros
+    targets: tuple[str, ...]
+
+
+#: what a file's rows start from
+BASE: dict[str, Macros] = {
+    "narrow.cu": {"KIND": "GRID", "BITS": 4, "T": "Half", "SCALE": "Half", "GROUPS": 1, "NT": 1, "RT": 2, "WARPS": 8,
+                  "DEPTH": 2, "FEW": 0},
+    "wide.cu": {"KIND": "GRID", "BITS": 4, "T": "Half", "SCALE": "Half", "GROUPS": 1, "TOKENS": 128, "STAGES": 4,
+                "SPLIT": 1, "BLOCKS": 1},
+    "dequantize.cu": {"KIND": "GRID", "BITS": 4, "T": "Half", "SCALE": "Half", "GROUPS": 1, "WARPS": 4},
+}  # fmt: skip
+
+BF16: Macros = {"T": "BFloat", "SCALE": "BFloat"}
+NF4: Macros = {"KIND": "TABLE", "SCALE": "Float", "GROUPS": 2}
+
+
+def of(file: str, targets: tuple[str, ...] = ENDS, kernel: str = "", **macros: int | str) -> Variant:
+    """A row; the function is named as its file unless `kernel` says otherwise."""
+    return Variant(kernel or file.removesuffix(".cu"), {**BASE[file], **macros}, targets)
+
+
+VARIANTS: dict[str, list[Variant]] = {
+    "narrow.cu": [
+        of("narrow.cu", ALL),
+        of("narrow.cu", FEW=1),
+        of("narrow.cu", **BF16, BITS=3),
+        of("narrow.cu", **BF16, BITS=8, OFFSET=1),
+        of("narrow.cu", BITS=2, GROUPS=4, OFFSET=2),
+        of("narrow.cu", NT=4, OUTLIERS=1),
+        of("narrow.cu", **NF4),
+        of("narrow.cu", KIND="BOOK"),
+        of("narrow.cu", KIND="BILEVEL", BITS=3),
+    ],
+    "wide.cu": [
+        of("wide.cu", HOPPER),
+        of("wide.cu", HOPPER, **BF16, BITS=8, TOKENS=256, SPLIT=2),
+    ],
+    "dequantize.cu": [
+        of("dequantize.cu"),
+        of("dequantize.cu", **BF16, BITS=3, OFFSET=1),
+        of("dequantize.cu", **NF4),
+    ],
+}
