@@ -21,6 +21,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         constexpr int bytes = Words<BITS>::BYTES;
         weights.words.stream(layer.row(tile, bytes) + (u64)chunk * (BAND * bytes) + Words<BITS>::place(lane), lane);
         weights.statistics(typename Weights<T>::Place(layer, tile, lane), layer.index(chunk));
+        weights.settle();
     }
     Weights<T>::prepare_weights(shared, layer, tile, WARPS * 32);
     if (Weights<T>::SHARED_WEIGHTS) __syncthreads();

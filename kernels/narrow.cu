@@ -20,18 +20,25 @@ constexpr int CODE_BYTES = Words<BITS>::BYTES;
 constexpr int COPIES = FEW ? 1 : TOKENS / 2;  // of 8 columns of every other token, by a lane
 constexpr bool AFTER = NT == 1;  // scales are applied to sums over a group; with more tokens it is cheaper to weights
 
-// The corrections of one row for every token, into sums[TOKENS].
-DEVICE void correct(const u32* first, const u16* columns, const u16* values, const u16* x, u64 stride, int count,
-                    float* sums, int lane) {
-    const u32 begin = first[0], end = first[1];
-    for (int m = 0; m < count; m++) {
-        float sum = 0;
-        for (u32 i = begin + lane; i < end; i += 32)
-            sum = fmaf(T::low(values[i]), T::low(x[m * stride + columns[i]]), sum);
+// The corrections of one row for every token, into sums[TOKENS], by 16 lanes.
+DEVICE void correct(u32 begin, u32 end, const u16* columns, const u16* values, const u16* x, u64 stride, int count,
+                    float* to, int lane) {
+    float sums[TOKENS] = {};
+#pragma unroll 4
+    for (u32 i = begin + lane; i < end; i += 16) {
+        const float value = T::low(values[i]);
+        const u16* inputs = x + columns[i];
 #pragma unroll
-        for (int step = 16; step; step >>= 1) sum += __shfl_xor_sync(~0u, sum, step);
-        if (lane == 0) sums[m] = sum;
+        for (int m = 0; m < TOKENS; m++)
+            if (m < count) sums[m] = fmaf(value, T::low(inputs[m * stride]), sums[m]);
     }
+#pragma unroll
+    for (int m = 0; m < TOKENS; m++)
+        if (m < count) {
+#pragma unroll
+            for (int step = 8; step; step >>= 1) sums[m] += __shfl_xor_sync(~0u, sums[m], step);
+            if (lane == 0) to[m] = sums[m];
+        }
 }
 
 // sums += scale part + offset total for one tile; part is cleared.
@@ -112,11 +119,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     };
     for (int r = 0; r < (KIND == BOOK ? RT : 1); r++) prepare(shared + r * table_bytes, min(first_tile + r, tiles - 1));
     if (OUTLIERS) {
-        for (int r = warp; r < ROWS; r += WARPS) {
-            const int row = first_tile * TILE + r;
-            if (row < rows)
-                correct(outlier_rows + row, outlier_columns, outlier_values, x, columns, count,
-                        corrections + r * TOKENS, lane);
+        for (int r = 2 * warp; r < ROWS; r += 2 * WARPS) {  // two rows a warp
+            const int own_row = r + lane / 16, row = min(first_tile * TILE + own_row, rows - 1);
+            correct(outlier_rows[row], outlier_rows[row + 1], outlier_columns, outlier_values, x, columns, count,
+                    corrections + own_row * TOKENS, lane % 16);
         }
     }
     if (tables || OUTLIERS) __syncthreads();
@@ -133,6 +139,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
             __syncwarp();
             float part[RT][4] = {}, total[4] = {};  // of a group, with AFTER: x (code - middle), and x
             u32 b[NT][4];                           // inputs of two steps
+#pragma unroll
+            for (int r = 0; r < RT; r++) held[d][r].settle();
 #pragma unroll
             for (int s = 0; s < STEPS; s++) {
                 if (s % 2 == 0) {

@@ -1,4 +1,4 @@
-// Weights on a uniform grid of which two of every four in a row are kept: products with few tokens, and the dense weight.
+// Weights on a uniform grid of which two of every four in a row are kept: products with few tokens, the dense weight.
 //
 // `sparse` is narrow.cu on sparse tensor cores. Here a chunk has 256 columns, of which 128 are kept: their codes lie as those
 // of any chunk of 128 columns (codes.cuh), and behind them 512 bytes say where they belong (sparsity.cuh). Of these each
@@ -74,7 +74,8 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     const u8* next_codes[RT];
 #pragma unroll
     for (int r = 0; r < RT; r++)
-        next_codes[r] = layer.row(min(first_tile + r, tiles - 1), CHUNK_BYTES) + warp * CHUNK_BYTES + Words<BITS>::place(lane);
+        next_codes[r] = layer.row(min(first_tile + r, tiles - 1), CHUNK_BYTES) + warp * (BAND * CHUNK_BYTES) +
+                        Words<BITS>::place(lane);
     const u16* next_x = x + warp * WIDTH + lane * 8;
 
     Held held[DEPTH][RT];
@@ -83,7 +84,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 #pragma unroll
             for (int r = 0; r < RT; r++) {
                 held[d][r].stream(next_codes[r], lane);
-                next_codes[r] += WARPS * CHUNK_BYTES;
+                next_codes[r] += WARPS * BAND * CHUNK_BYTES;
             }
 #pragma unroll
             for (int r = 0; r < RT; r++)
@@ -176,7 +177,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     if (chunk >= chunks) return;
 
     Held held;
-    held.stream(layer.row(tile, CHUNK_BYTES) + (u64)chunk * CHUNK_BYTES + Words<BITS>::place(lane), lane);
+    held.stream(layer.row(tile, CHUNK_BYTES) + (u64)chunk * (BAND * CHUNK_BYTES) + Words<BITS>::place(lane), lane);
     held.kept.statistics(Weights<T>::Place(layer, tile, lane), layer.index(chunk));
 #pragma unroll
     for (int p = 0; p < 4 * STEPS; p += 2) {  // pairs p and p + 1: rows g and g + 8

@@ -8,7 +8,7 @@
 //
 // `pair` gives code - middle, or the table's number. narrow.cu sums x times that over a group in the tensor cores, and x
 // itself where there are offsets, and applies s and o (`group`) to those sums in float32: no rounding of a weight enters.
-// The others take the weight itself, rounded to T (`weight`).
+// The others take the weight itself, rounded to T (`weight`). All lanes `settle` a chunk when its statistics are there.
 #pragma once
 #include "codes.cuh"
 
@@ -118,6 +118,7 @@ struct Weights {
         scale.load(place.scales + index * (8 * SCALE_BYTES));
         if (HAS_OFFSET) offset.load(place.offsets + index * (8 * OFFSET_BYTES));
     }
+    __device__ __forceinline__ void settle() {}
     __device__ __forceinline__ u32 pair(const u8*, int p) const { return centred<T, BITS>(words, p); }
 
     // For row g (half 0) or g + 8 (half 1) of a group of the chunk.
@@ -173,6 +174,7 @@ struct Weights {
     __device__ __forceinline__ void statistics(const Place& place, int index) {
         scale.load(place.scales + index * (8 * SCALE_BYTES));
     }
+    __device__ __forceinline__ void settle() {}
     __device__ __forceinline__ u32 pair(const u8* shared, int p) const {
         const u32 w = words.w[p / 4];
         const int at = p % 4 * 8;  // of the byte; times 128, the bytes of a row of the table
@@ -212,6 +214,7 @@ struct Weights {
         __device__ __forceinline__ Place(const Layer&, int, int) {}
     };
     __device__ __forceinline__ void statistics(const Place&, int) {}
+    __device__ __forceinline__ void settle() {}
     __device__ __forceinline__ u32 pair(const u8* shared, int p) const {
         const u16* book = (const u16*)shared + (threadIdx.x % 32 / 4 + p % 2 * 8) * PITCH;
         const u32 both = words.codes(p);
@@ -225,43 +228,52 @@ struct Weights {
 // Statistics of a chunk: for each row g of eight 16 bytes, of which byte 2 j is row g's in group j and byte 2 j + 1 row
 // g + 8's: the scale's code in its lower half, the zero's in the upper. Then, once for the 16 rows, of each of the eight
 // groups four numbers: the grid of the scales (scale, zero) and that of the zeros.
+//
+// Each of the four lanes of a row works two groups out (`settle`) and the others ask it.
 template <class T>
 struct Weights {
     static constexpr int GROUP_STEPS = 1;
     static constexpr bool HAS_OFFSET = true;
     static constexpr int SHARED_PAIRS = 0, SHARED_WEIGHTS = 0;
     Words<BITS> words;
-    uint4 statistic;
-    u32 grid[STEPS][2];
+    u32 codes;    // of two groups and two rows
+    uint4 grids;  // of two groups
+    float own[2][2][2];  // group, row, scale and offset
 
     static __device__ __forceinline__ void prepare_pairs(u8*, const Layer&, int, int) {}
     static __device__ __forceinline__ void prepare_weights(u8*, const Layer&, int, int) {}
 
     struct Place {
-        const uint4 *codes, *grids;
+        const u32* codes;
+        const uint4* grids;
         __device__ __forceinline__ Place(const Layer& layer, int tile, int lane) {
-            codes = (const uint4*)layer.scales + (u64)tile * layer.chunks * 8 + lane / 4;
-            grids = (const uint4*)layer.offsets + (u64)tile * layer.chunks * 4;
+            codes = (const u32*)layer.scales + (u64)tile * layer.chunks * 32 + lane;
+            grids = (const uint4*)layer.offsets + (u64)tile * layer.chunks * 4 + lane % 4;
         }
     };
     __device__ __forceinline__ void statistics(const Place& place, int index) {
-        statistic = place.codes[index * 8];
-        const uint4* grids = place.grids + index * 4;
+        codes = place.codes[index * 32];
+        grids = place.grids[index * 4];
+    }
+    __device__ __forceinline__ void settle() {
+        constexpr float middle = 1 << (BITS - 1);
+        const u32 grid[2][2] = {{grids.x, grids.y}, {grids.z, grids.w}};
 #pragma unroll
-        for (int i = 0; i < 4; i++) {
-            const uint4 v = grids[i];
-            grid[2 * i][0] = v.x, grid[2 * i][1] = v.y, grid[2 * i + 1][0] = v.z, grid[2 * i + 1][1] = v.w;
-        }
+        for (int j = 0; j < 2; j++)
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const u32 code = codes >> (j * 16 + half * 8);
+                const float s = SCALE::low(grid[j][0]) * (number(code) - SCALE::high(grid[j][0]));
+                const float zero = SCALE::low(grid[j][1]) * (number(code >> 4) - SCALE::high(grid[j][1]));
+                own[j][half][0] = s;
+                own[j][half][1] = s * (middle - zero);
+            }
     }
     __device__ __forceinline__ u32 pair(const u8*, int p) const { return centred<T, BITS>(words, p); }
 
     __device__ __forceinline__ void group(int index, int half, float& s, float& o) const {
-        const u32 words4[4] = {statistic.x, statistic.y, statistic.z, statistic.w};
-        const u32 codes = words4[index / 2] >> (index % 2 * 16 + half * 8);
-        constexpr float middle = 1 << (BITS - 1);
-        s = SCALE::low(grid[index][0]) * (whole_float(codes & 15) - SCALE::high(grid[index][0]));
-        const float zero = SCALE::low(grid[index][1]) * (whole_float(codes >> 4 & 15) - SCALE::high(grid[index][1]));
-        o = s * (middle - zero);
+        s = __shfl_sync(~0u, own[index % 2][half][0], index / 2, 4);
+        o = __shfl_sync(~0u, own[index % 2][half][1], index / 2, 4);
     }
     __device__ __forceinline__ u32 weight(const u8* shared, int p) const {
         float s, o;
@@ -269,6 +281,7 @@ struct Weights {
         const u32 v = pair(shared, p);
         return T::pack(fmaf(s, T::low(v), o), fmaf(s, T::high(v), o));
     }
-    static __device__ __forceinline__ float whole_float(u32 n) { return __uint_as_float(n | 0x4b000000u) - 8388608.0f; }
+    // The lowest four bits.
+    static __device__ __forceinline__ float number(u32 n) { return __uint_as_float(and_or(n, 15, 0x4b000000u)) - 8388608.0f; }
 };
 #endif

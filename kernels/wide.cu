@@ -3,23 +3,25 @@
 // A block makes 128 rows times TOKENS tokens. One thread has chunks of 128 columns of x and of the codes copied into a
 // ring of STAGES places in shared memory; two warpgroups, of 64 rows each, turn their codes into 16-bit floats in
 // registers, which the tensor cores take as they are, and x from the ring. The next step's floats are made while this
-// one's product is under way. SPLIT blocks, a cluster, share out the columns of one result and add it up, always in the
-// same order.
+// one's product is under way. For few tokens that takes longer than the product: with PHASES of 2 there are two such
+// pairs of warpgroups, which take turns. SPLIT blocks, a cluster, share out the columns of one result. All add their
+// sums up at the end, always in the same order.
 //
 // Macros: KIND and what it asks for (weights.cuh); T: Half or BFloat, the type of x and out; TOKENS: 8, 16, 32, 64, 128
-// or 256; STAGES: 2 or more; SPLIT: 1, 2, 4 or 8; BLOCKS: that share a multiprocessor, 2 for up to 64 tokens.
+// or 256; STAGES: 2 or more; SPLIT: 1, 2, 4 or 8; PHASES: 2 or 1; BLOCKS: that share a multiprocessor, 2 or 3 only
+// with one phase and up to 64 and 16 tokens.
 #include "hopper.cuh"
 #include "weights.cuh"
 
-constexpr int ROWS = 128, TILES = ROWS / TILE, PRODUCERS = 128, CONSUMERS = 256;
+constexpr int ROWS = 128, TILES = ROWS / TILE, PRODUCERS = 128, PAIR = 256, CONSUMERS = PAIR * PHASES;
 constexpr int X_BYTES = TOKENS * CHUNK * 2, HALF_BYTES = X_BYTES / 2;  // two halves of 64 columns, 128 bytes a token
 constexpr int CODE_BYTES = Words<BITS>::BYTES;
 constexpr int STAGE_BYTES = X_BYTES + (TILES * CODE_BYTES + 1023) / 1024 * 1024;
 constexpr int PITCH_SUM = ROWS + 4;     // floats a token
 constexpr int PITCH_OUT = ROWS * 2 + 16;  // bytes a token
 constexpr int GROUP = 16;               // clusters that follow each other take so many row blocks, then the next tokens
-constexpr int FEW_REGISTERS = BLOCKS == 1 ? 40 : BLOCKS == 2 ? 32 : 24;  // of a thread that copies
-constexpr int MANY_REGISTERS = BLOCKS == 1 ? 232 : BLOCKS == 2 ? 104 : 72;
+constexpr int FEW_REGISTERS = BLOCKS == 3 ? 24 : BLOCKS * PHASES == 2 ? 32 : 40;  // of a thread that copies
+constexpr int MANY_REGISTERS = BLOCKS == 3 ? 72 : BLOCKS == 2 ? 104 : PHASES == 2 ? 112 : 232;
 
 extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODUCERS + CONSUMERS, BLOCKS)
     wide(const u8* codes, const u8* scales, const u8* offsets, const u8* table, const __grid_constant__ Boxes x, u16* out,
@@ -48,7 +50,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODU
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + i, 1);
-            barrier_init(empty + i, CONSUMERS / 32);
+            barrier_init(empty + i, PAIR / 32);
         }
         barrier_init_done();
     }
@@ -84,19 +86,20 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODU
         }
     } else {
         registers_more<MANY_REGISTERS>();
-        const int mine = warp - PRODUCERS / 32;  // its tile of the block
+        const int phase = (warp - PRODUCERS / 32) / TILES, mine = (warp - PRODUCERS / 32) % TILES;  // its tile of the block
         const int tile = min(first_tile + mine, tiles - 1);
         const u8* own_table = KIND == BOOK ? tables + mine * Weights<T>::SHARED_WEIGHTS : tables;
         float sums[TOKENS / 2] = {};
         u32 a[2][4] = {};
         Weights<T> held, next;
         const typename Weights<T>::Place statistics(layer, tile, lane);
-        if (count > 0) next.statistics(statistics, layer.index(begin));
-        for (int i = 0; i < count; i++) {
+        if (phase < count) next.statistics(statistics, layer.index(begin + phase));
+        for (int i = phase; i < count; i += PHASES) {
             const int stage = i % STAGES;
             const u8* place = stages + stage * STAGE_BYTES;
             held = next;
-            if (i + 1 < count) next.statistics(statistics, layer.index(begin + i + 1));
+            held.settle();
+            if (i + PHASES < count) next.statistics(statistics, layer.index(begin + i + PHASES));
             barrier_wait(full + stage, i / STAGES & 1);
             held.words.read(place + X_BYTES + mine * CODE_BYTES, lane);
             const u64 inputs = swizzled_rows(place);
@@ -117,10 +120,24 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODU
         }
         barrier_some(1, CONSUMERS);  // nobody reads the ring any more
 
-        const int t = threadIdx.x - PRODUCERS, row = mine * TILE + lane / 4, live = min(TOKENS, tokens - first_token);
+        const int t = threadIdx.x - PRODUCERS;
+        if (PHASES > 1) {
+            float* others = (float*)shared + t % PAIR;
+            if (phase == 1) {
+#pragma unroll
+                for (int e = 0; e < TOKENS / 2; e++) others[e * PAIR] = sums[e];
+            }
+            barrier_some(1, CONSUMERS);
+            if (phase == 0) {
+#pragma unroll
+                for (int e = 0; e < TOKENS / 2; e++) sums[e] += others[e * PAIR];
+            }
+            barrier_some(1, CONSUMERS);
+        }
+        const int row = mine * TILE + lane / 4, live = min(TOKENS, tokens - first_token);
         if (SPLIT == 1) {
 #pragma unroll
-            for (int i = 0; i < TOKENS / 8; i++)
+            for (int i = 0; phase == 0 && i < TOKENS / 8; i++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     *(u16*)(shared + (i * 8 + lane % 4 * 2 + e % 2) * PITCH_OUT + (row + e / 2 * 8) * 2) =
@@ -140,7 +157,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODU
         } else {
             float* partial = (float*)shared;
 #pragma unroll
-            for (int i = 0; i < TOKENS / 8; i++)
+            for (int i = 0; phase == 0 && i < TOKENS / 8; i++)
 #pragma unroll
                 for (int e = 0; e < 4; e++)
                     partial[(i * 8 + lane % 4 * 2 + e % 2) * PITCH_SUM + row + e / 2 * 8] = sums[4 * i + e];

@@ -37,18 +37,20 @@ class Wide:
         stages: places of the ring.
         split: blocks that share out the columns.
         blocks: that share a multiprocessor: 1, or 2 for up to 64 tokens.
+        phases: 2 for pairs of warpgroups that take turns, with one block; or 1.
     """
 
     tokens: int
     stages: int
     split: int
     blocks: int = 1
+    phases: int = 1
 
     def shared(self, kind: int, bits: int) -> int:
         """Bytes of shared memory of a block."""
         stage = self.tokens * 256 + -(-8 * 256 * bits // _STAGE) * _STAGE
         tables = {1: 16 * 32 * 4, 2: 8 * 16 * (2**bits + 2) * 2}.get(kind, 0)
-        sums = self.tokens * 132 * 4 if self.split > 1 else self.tokens * 272
+        sums = self.tokens * (132 * 4 if self.split > 1 else 512 if self.phases > 1 else 272)
         return int(max(self.stages * stage + tables, sums))
 
 

@@ -107,9 +107,9 @@ class Layer:
         return Kernel(name, f"{name}.cu", (*own, ("T", _NAMES[dtype]), *more), hopper)
 
     @property
-    def pointers(self) -> tuple[int, ...]:
-        """Of codes, scales, offsets and table."""
-        return tuple(0 if t is None else t.data_ptr() for t in (self.codes, self.scales, self.offsets, self.table))
+    def weight(self) -> tuple[Tensor | None, ...]:
+        """What every kernel is given first."""
+        return self.codes, self.scales, self.offsets, self.table
 
 
 def _linear_cuda(x: Tensor, *args: Any) -> Tensor:
@@ -155,15 +155,13 @@ def narrow(x: Tensor, layer: Layer, out: Tensor, way: choice.Narrow) -> None:
     inputs = way.warps * way.depth * min(tokens, taken) * _PITCH
     sums = way.warps * way.row_tiles * 16 * (taken + 1) * 4
     grid = (-(-layout.tiles(layer.rows) // way.row_tiles), -(-tokens // taken))
-    rest = (layer.outlier_rows, layer.outlier_columns, layer.outlier_steps)
     launch(
         function(kernel, x.device.index),
         grid,
         (32 * way.warps,),
         (
-            *layer.pointers,
-            *(0 if t is None else t.data_ptr() for t in rest),
-            x.data_ptr(), out.data_ptr(), tokens, layer.rows, columns, layer.chunks, layer.shift,
+            *layer.weight, layer.outlier_rows, layer.outlier_columns, layer.outlier_steps,
+            x, out, tokens, layer.rows, columns, layer.chunks, layer.shift,
         ),
         tables + corrections + max(inputs, sums),
         x,
@@ -173,23 +171,17 @@ def narrow(x: Tensor, layer: Layer, out: Tensor, way: choice.Narrow) -> None:
 def broad(x: Tensor, layer: Layer, out: Tensor, way: choice.Wide) -> None:
     """By wide.cu."""
     tokens, columns = x.shape
-    shape = (("TOKENS", way.tokens), ("STAGES", way.stages), ("SPLIT", way.split), ("BLOCKS", way.blocks))
+    shape = (
+        ("TOKENS", way.tokens), ("STAGES", way.stages), ("SPLIT", way.split), ("BLOCKS", way.blocks),
+        ("PHASES", way.phases),
+    )  # fmt: skip
     kernel = layer.kernel("wide", x.dtype, *shape, hopper=True)
     blocks = -(-layer.rows // 128) * -(-tokens // way.tokens)
     launch(
         function(kernel, x.device.index),
         (blocks, 1, way.split),
-        (384,),
-        (
-            *layer.pointers,
-            boxes(x, way.tokens),
-            out.data_ptr(),
-            tokens,
-            layer.rows,
-            columns,
-            layer.chunks,
-            layer.shift,
-        ),
+        (128 + 256 * way.phases,),
+        (*layer.weight, boxes(x, way.tokens), out, tokens, layer.rows, columns, layer.chunks, layer.shift),
         way.shared(layer.kind, layer.bits),
         x,
     )
@@ -205,7 +197,7 @@ def _dequantize(layer: Layer, columns: int, dtype: torch.dtype) -> Tensor:
         function(kernel, out.device.index),
         (-(-layer.chunks // warps), layout.tiles(layer.rows)),
         (32 * warps,),
-        (*layer.pointers, out.data_ptr(), layer.rows, columns, layer.chunks, layer.shift),
+        (*layer.weight, out, layer.rows, columns, layer.chunks, layer.shift),
         tables + warps * 16 * _PITCH,
         out,
     )

@@ -1,0 +1,449 @@
+"""Layers of which two of every four weights in a row are kept, on sparse tensor cores.
+
+`PrunedGrid`: on a uniform grid, by kernels/sparse.cu: the operators `compress::sparse_linear` and
+`compress::sparse_dequantize`. `PrunedValues`: with plain values, by cuSPARSELt through torch, or where that is not to
+be had as a dense product: `compress::pruned_linear`. All registered with torch as those of `compress.cuda.ops`.
+
+The layout of `PrunedGrid` is that of `compress.cuda.layout` with only the kept columns counted, and behind the codes of
+a chunk (16 rows, 256 columns, 128 of them kept) 512 bytes that say where they belong: `_places` has their order.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from compress import bits as bitpack
+from compress.cuda import layout
+from compress.cuda.choice import Narrow
+from compress.cuda.compiler import function, launch
+from compress.cuda.source import Kernel
+from compress.cuda.support import probe
+from compress.packed.dense import Dense
+from compress.packed.sparse import Sparse, pack_mask, unpack_mask
+from compress.packed.uniform import UniformGrid
+from compress.solvers.masks import Pattern
+from compress.types import Packed, Storage
+
+TWO_OF_FOUR = Pattern(2, 4)
+FOURS = 64  # groups of four columns in a row of a chunk
+PLACES = 128  # words of a chunk that say where codes belong
+_ROWS = layout.BAND * layout.TILE
+_BANDS_AT_ONCE = 16  # bounds the 64-bit temporaries
+MOST_TOKENS = 64  # that the kernel takes; for more the weight is dequantised
+_PITCH = 16 * FOURS // 2 + 16  # bytes of a token's part of a chunk in shared memory, as in sparse.cu
+_DENSE_PITCH = 16 * FOURS // 2 + 32
+_NAMES = {torch.float16: "Half", torch.bfloat16: "BFloat", torch.float32: "Float"}
+
+library: Any = torch.library.Library("compress", "FRAGMENT")  # type: ignore[no-untyped-call]
+_GRID = "Tensor codes, Tensor scales, Tensor? zeros, int bits, int groups, int shift, int rows"
+library.define(f"sparse_linear(Tensor x, {_GRID}) -> Tensor")
+library.define(f"sparse_dequantize({_GRID}, int columns, ScalarType dtype) -> Tensor")
+library.define("pruned_linear(Tensor x, Tensor weight, bool compressed, int rows) -> Tensor")
+
+
+# --- layout ----------------------------------------------------------------------------------------------------------
+
+
+def _places(device: torch.device) -> Tensor:
+    """int64 [32 lanes * 4 words * 8]: which group of four columns, FOURS * row + group of the row, bits 4 j to 4 j + 3
+    of a lane's word tell of. This is the order of mma.sp's metadata (kernels/sparsity.cuh); nothing else here knows it.
+    """
+    lane, word, j = torch.arange(32)[:, None, None], torch.arange(4)[:, None], torch.arange(8)
+    step = 2 * word + lane % 4 // 2  # lanes 0 and 1 of every four serve even steps, 2 and 3 odd ones
+    row = lane // 4 + j // 4 * 8
+    group = 8 * step + lane % 2 * 4 + j % 4
+    return (row * FOURS + group).flatten().to(device)
+
+
+def pack(codes: Tensor, mask: Tensor, bits: int) -> Tensor:
+    """Kept codes and where they belong.
+
+    Args:
+        codes: uint8 [rows, columns]; what stands where nothing is kept is lost.
+        mask: bool [rows, columns], two True in every four columns.
+        bits: 2, 3, 4 or 8.
+
+    Returns:
+        int32 [bands, chunks, tiles of a band, 64 * bits + PLACES].
+    """
+    rows, columns = codes.shape
+    kept = layout.pack(codes[mask].reshape(rows, columns // 2), bits)
+    bands, chunks = kept.shape[:2]
+    fours = bitpack.unpack(pack_mask(mask, TWO_OF_FOUR), 4, columns // 4)
+    filled = (0, chunks * FOURS - columns // 4, 0, bands * _ROWS - rows)
+    fours = F.pad(fours, filled, value=0b0100)  # two positions that are not the same
+    fours = fours.reshape(bands, layout.BAND, layout.TILE, chunks, FOURS).permute(0, 3, 1, 2, 4).flatten(3)
+    order = _places(codes.device)
+    places = [_words(torch.unflatten(part[..., order], -1, (PLACES, 8))) for part in torch.split(fours, _BANDS_AT_ONCE)]
+    return torch.cat([kept, torch.cat(places)], -1)
+
+
+def _words(nibbles: Tensor) -> Tensor:
+    """uint8 [..., 8] -> int32 [...], the first in the lowest bits."""
+    wide = nibbles.to(torch.int64)
+    return reduce(torch.bitwise_or, (wide[..., j] << 4 * j for j in range(8))).to(torch.int32)  # it wraps
+
+
+def unpack(packed: Tensor, bits: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """uint8 [rows, columns / 2] and bool [rows, columns]: the kept codes and the mask that `pack` was given."""
+    kept = layout.unpack(packed[..., :-PLACES], bits, rows, columns // 2)
+    words = packed[..., -PLACES:]
+    nibbles = torch.stack([words >> 4 * j & 15 for j in range(8)], -1).to(torch.uint8).flatten(3)
+    fours = torch.empty_like(nibbles)
+    fours[..., _places(packed.device)] = nibbles
+    fours = torch.unflatten(fours, -1, (layout.TILE, FOURS)).permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 2)
+    mask = bitpack.pack(fours[:rows, : columns // 4].contiguous(), 4)
+    return kept, unpack_mask(mask, TWO_OF_FOUR, columns)
+
+
+# --- uniform grids ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrunedGrid:
+    """2:4 on a uniform grid, a `compress.fast.Kernel`. But for `columns` these are the arguments of the operators.
+
+    Attributes:
+        codes: see `pack`.
+        scales: `layout.pack_statistics` with half the columns in a group.
+        zeros: uint8, likewise, or None.
+        bits: of a code.
+        groups, shift: `layout.group_layout` of half the columns in a group.
+        rows, columns: of the layer.
+    """
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
+
+    codes: Tensor
+    scales: Tensor
+    zeros: Tensor | None
+    bits: int
+    groups: int
+    shift: int
+    rows: int
+    columns: int = 0
+
+    @staticmethod
+    def why_not(storage: Storage, shape: tuple[int, int]) -> str | None:
+        inner = storage.inner
+        if inner is None or not _two_of_four(storage) or inner.kind != UniformGrid.kind or inner.activations:
+            return "not a weight-only uniform grid pruned 2:4"
+        if inner.bits not in (2, 3, 4, 8):
+            return f"codes of {inner.bits} bits"
+        if inner.ordered_groups:
+            return "its groups follow an activation order"
+        try:
+            layout.group_layout(_half(inner.group_size))
+        except ValueError:
+            return f"groups of {inner.group_size} columns are not 32, 64, 128 or 256 times a power of two"
+        return None
+
+    @classmethod
+    def of(cls, packed: Packed) -> Self:
+        assert isinstance(packed, Sparse)
+        assert isinstance(packed.inner, UniformGrid)
+        inner, (rows, columns), size = packed.inner, packed.shape, _half(packed.inner.group_size)
+        return cls(
+            pack(inner.codes, packed.mask, inner.bits),
+            layout.pack_statistics(inner.scales, columns // 2, size),
+            None if inner.zeros is None else layout.pack_statistics(inner.zeros, columns // 2, size),
+            inner.bits,
+            *layout.group_layout(size),
+            rows,
+            columns,
+        )
+
+    def linear(self, x: Tensor) -> Tensor:
+        out: Tensor = torch.ops.compress.sparse_linear(x, *self.arguments)
+        return out
+
+    def restore(self) -> Sparse:
+        kept, mask = unpack(self.codes, self.bits, self.rows, self.columns)
+        size = layout.group_size(self.groups, self.shift)
+        count = 1 if size == -1 else -(-self.columns // (2 * size))
+        scales = layout.unpack_statistics(self.scales, self.rows, count)
+        zeros = None if self.zeros is None else layout.unpack_statistics(self.zeros, self.rows, count)
+        codes = torch.full_like(mask, 2 ** (self.bits - 1), dtype=torch.uint8)
+        grid = UniformGrid(codes, scales, zeros, self.bits, -1 if size == -1 else 2 * size)
+        if zeros is not None:
+            codes.copy_(zeros[:, grid.column_groups()])
+        codes[mask] = kept.flatten()
+        return Sparse(mask, grid, TWO_OF_FOUR)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return _present(codes=self.codes, scales=self.scales, zeros=self.zeros)
+
+    @property
+    def arguments(self) -> tuple[Tensor | int | None, ...]:
+        return self.codes, self.scales, self.zeros, self.bits, self.groups, self.shift, self.rows
+
+    @property
+    def pointers(self) -> tuple[int, int, int]:
+        return self.codes.data_ptr(), self.scales.data_ptr(), 0 if self.zeros is None else self.zeros.data_ptr()
+
+    def kernel(self, name: str, dtype: torch.dtype, *more: tuple[str, int]) -> Kernel:
+        """The variant of `sparse` or `dequantize_sparse` for this layer."""
+        own: tuple[tuple[str, int | str], ...] = (
+            ("BITS", self.bits), ("GROUPS", self.groups), ("SCALE", _NAMES[self.scales.dtype]),
+            ("OFFSET", int(self.zeros is not None)), ("T", _NAMES[dtype]),
+        )  # fmt: skip
+        return Kernel(name, "sparse.cu", (*own, *more))
+
+
+def choose(tokens: int, rows: int, columns: int, processors: int, shared: int) -> Narrow:
+    """The rule for the shape of a launch of `sparse`; `shared`: bytes of shared memory that a block can have."""
+    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
+    tiles, chunks = layout.tiles(rows), -(-columns // (4 * FOURS))
+    row_tiles = 2 if tokens > 2 and tiles >= 2 * processors else 1  # rows of a block read the inputs together
+    warps = 8 if chunks >= 8 else 4
+    ways = [Narrow(token_tiles, row_tiles, w, d) for w, d in ((warps, 2), (warps, 1), (4, 1), (2, 1))]
+    ways.append(Narrow(min(token_tiles, 4), row_tiles, 2, 1))
+    return next((way for way in ways if shared_bytes(way, tokens) <= shared), ways[-1])
+
+
+def shared_bytes(way: Narrow, tokens: int) -> int:
+    """Bytes of shared memory of a block."""
+    taken = 8 * way.token_tiles
+    inputs = way.warps * way.depth * min(tokens, taken) * _PITCH
+    return max(inputs, way.warps * way.row_tiles * layout.TILE * (taken + 1) * 4)
+
+
+@functools.lru_cache(4096)
+def _choose(tokens: int, rows: int, columns: int, device: int) -> Narrow:
+    processors = torch.cuda.get_device_properties(device).multi_processor_count
+    return choose(tokens, rows, columns, processors, probe(device).shared)
+
+
+def few(x: Tensor, layer: PrunedGrid, out: Tensor, way: Narrow) -> None:
+    """x [tokens, columns, a multiple of 8] times the weight, into out, by `sparse`."""
+    tokens, columns = x.shape
+    shape = (("NT", way.token_tiles), ("RT", way.row_tiles), ("WARPS", way.warps), ("DEPTH", way.depth))
+    kernel = layer.kernel("sparse", x.dtype, *shape, ("FEW", int(tokens <= 2)))
+    launch(
+        function(kernel, x.device.index),
+        (-(-layout.tiles(layer.rows) // way.row_tiles), -(-tokens // (8 * way.token_tiles))),
+        (32 * way.warps,),
+        (
+            *layer.pointers, x.data_ptr(), out.data_ptr(), tokens, layer.rows, columns, layer.codes.shape[1],
+            layer.shift,
+        ),
+        shared_bytes(way, tokens),
+        x,
+    )  # fmt: skip
+
+
+def dequantize(layer: PrunedGrid, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight by `dequantize_sparse`; columns, a multiple of 4, may be more than the layer has."""
+    warps = 4
+    out = torch.empty(layer.rows, columns, dtype=dtype, device=layer.codes.device)
+    chunks = layer.codes.shape[1]
+    launch(
+        function(layer.kernel("dequantize_sparse", dtype, ("WARPS", warps)), out.device.index),
+        (-(-chunks // warps), layout.tiles(layer.rows)),
+        (32 * warps,),
+        (*layer.pointers, out.data_ptr(), layer.rows, columns, chunks, layer.shift),
+        warps * layout.TILE * _DENSE_PITCH,
+        out,
+    )
+    return out
+
+
+def _sparse_linear_cuda(x: Tensor, *args: Any) -> Tensor:
+    layer = PrunedGrid(*args)
+    columns = x.shape[-1]
+    flat = x.reshape(-1, columns)
+    if columns % 8:
+        flat = F.pad(flat, (0, -columns % 8))
+    flat = flat.contiguous()
+    if flat.data_ptr() % 16:
+        flat = flat.clone()
+    out = torch.empty(len(flat), layer.rows, dtype=x.dtype, device=x.device)
+    if 0 < len(flat) <= MOST_TOKENS:
+        few(flat, layer, out, _choose(len(flat), layer.rows, columns, x.device.index))
+    elif len(flat):
+        torch.mm(flat, dequantize(layer, flat.shape[1], x.dtype).t(), out=out)
+    return out.reshape(*x.shape[:-1], layer.rows)
+
+
+def plain(layer: PrunedGrid, columns: int, dtype: torch.dtype) -> Tensor:
+    """The dense weight [rows, columns], by torch alone."""
+    kept, mask = unpack(layer.codes, layer.bits, layer.rows, columns)
+    size = layout.group_size(layer.groups, layer.shift)
+    column = torch.arange(columns // 2, device=kept.device)
+    group = torch.zeros_like(column) if size == -1 else column // size
+    count = 1 if size == -1 else -(-columns // (2 * size))
+
+    def statistic(packed: Tensor) -> Tensor:
+        return layout.unpack_statistics(packed, layer.rows, count)[:, group].float()
+
+    zero = 2.0 ** (layer.bits - 1) if layer.zeros is None else statistic(layer.zeros)
+    dense = torch.zeros(layer.rows, columns, dtype=dtype, device=kept.device)
+    dense[mask] = (statistic(layer.scales) * (kept.float() - zero)).to(dtype).flatten()
+    return dense
+
+
+def _sparse_linear_plain(x: Tensor, *args: Any) -> Tensor:
+    layer = PrunedGrid(*args)
+    return F.linear(x, plain(layer, x.shape[-1], x.dtype))
+
+
+def _sparse_dequantize_cuda(*args: Any) -> Tensor:
+    *layer, columns, dtype = args
+    return dequantize(PrunedGrid(*layer), columns, dtype)
+
+
+def _sparse_dequantize_plain(*args: Any) -> Tensor:
+    *layer, columns, dtype = args
+    return plain(PrunedGrid(*layer), columns, dtype)
+
+
+def _sparse_dequantize_shape(codes: Tensor, *args: Any) -> Tensor:
+    *_, rows, columns, dtype = args
+    out: Tensor = codes.new_empty(rows, columns, dtype=dtype)
+    return out
+
+
+# --- plain values ----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PrunedValues:
+    """2:4 with values as they are, a `compress.fast.Kernel`.
+
+    Attributes:
+        weight: what cuSPARSELt made of it; [rows, columns] where it has no product for that.
+        mask: as stored, int32 [rows, words].
+        kept: [rows, columns / 2], where `weight` is cuSPARSELt's and does not begin with these (as it does, unless a
+            kept weight is 0: then it may list other zeros).
+        compressed: whether `weight` is cuSPARSELt's.
+        rows, columns: of the layer.
+    """
+
+    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
+
+    weight: Tensor
+    mask: Tensor
+    kept: Tensor | None
+    compressed: bool
+    rows: int
+    columns: int
+
+    @staticmethod
+    def why_not(storage: Storage, shape: tuple[int, int]) -> str | None:
+        inner = storage.inner
+        plain = inner is not None and inner.kind == Dense.kind and _two_of_four(storage)
+        return None if plain else "not plain values pruned 2:4"
+
+    @classmethod
+    def of(cls, packed: Packed) -> Self:
+        assert isinstance(packed, Sparse)
+        assert isinstance(packed.inner, Dense)
+        values, mask = packed.inner.values, pack_mask(packed.mask, TWO_OF_FOUR)
+        rows, columns = values.shape
+        if not compressible(values):
+            return cls(values, mask, None, False, rows, columns)
+        weight = torch._cslt_compress(values.contiguous())
+        kept = values[packed.mask].reshape(rows, columns // 2)
+        listed = torch.equal(_first(weight, rows, columns).view(torch.int16), kept.view(torch.int16))  # bit for bit
+        return cls(weight, mask, None if listed else kept, True, rows, columns)
+
+    def linear(self, x: Tensor) -> Tensor:
+        if x.dtype != self.weight.dtype:
+            return F.linear(x, self.restore().inner.dequantize().to(x.dtype))
+        out: Tensor = torch.ops.compress.pruned_linear(x, self.weight, self.compressed, self.rows)
+        return out
+
+    def restore(self) -> Sparse:
+        mask = unpack_mask(self.mask, TWO_OF_FOUR, self.columns)
+        if not self.compressed:
+            return Sparse(mask, Dense(self.weight), TWO_OF_FOUR)
+        kept = _first(self.weight, self.rows, self.columns) if self.kept is None else self.kept
+        values = torch.zeros_like(mask, dtype=kept.dtype)
+        values[mask] = kept.flatten()
+        return Sparse(mask, Dense(values), TWO_OF_FOUR)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return _present(weight=self.weight, mask=self.mask, kept=self.kept)
+
+
+def compressible(values: Tensor) -> bool:
+    """Whether cuSPARSELt is there and takes such a weight; its sizes are multiples of 16, as torch has it, too."""
+    fits = values.dtype in PrunedValues.dtypes and values.numel() > 0 and all(n % 16 == 0 for n in values.shape)
+    return fits and values.is_cuda and torch.backends.cusparselt.is_available()
+
+
+def _first(weight: Tensor, rows: int, columns: int) -> Tensor:
+    """[rows, columns / 2]: where cuSPARSELt stores what is kept."""
+    return weight.flatten()[: rows * columns // 2].view(rows, columns // 2)
+
+
+#: cuSPARSELt's algorithm by rows, columns, tokens (rounded up), dtype and device: what it found to be the quickest
+algorithms: dict[tuple[int, int, int, torch.dtype, int], int] = {}
+
+
+def _algorithm(weight: Tensor, x: Tensor, rows: int) -> int:
+    """Searched for the first time (milliseconds), but not while a graph is captured: there an unknown one is the
+    default."""
+    tokens, columns = x.shape
+    key = rows, columns, 1 << (tokens - 1).bit_length(), x.dtype, x.get_device()
+    if key not in algorithms:
+        if torch.cuda.is_current_stream_capturing():
+            return 0
+        algorithms[key] = torch._cslt_sparse_mm_search(weight, x.t(), transpose_result=True)
+    return algorithms[key]
+
+
+def _pruned_linear_cuda(x: Tensor, weight: Tensor, compressed: bool, rows: int) -> Tensor:
+    if not compressed:
+        return F.linear(x, weight)
+    flat = x.reshape(-1, x.shape[-1])
+    if not len(flat):
+        return x.new_empty(*x.shape[:-1], rows)
+    padded = F.pad(flat, (0, 0, 0, -len(flat) % 8)).contiguous()
+    found = _algorithm(weight, padded, rows)
+    out = torch._cslt_sparse_mm(weight, padded.t(), transpose_result=True, alg_id=found)  # [tokens, rows]
+    return out[: len(flat)].reshape(*x.shape[:-1], rows)
+
+
+def _pruned_linear_plain(x: Tensor, weight: Tensor, compressed: bool, rows: int) -> Tensor:
+    assert not compressed, "cuSPARSELt's form is for CUDA devices"
+    return F.linear(x, weight)
+
+
+# --- what they share -------------------------------------------------------------------------------------------------
+
+
+def _two_of_four(storage: Storage) -> bool:
+    return storage.kind == Sparse.kind and Pattern.from_details(storage.details) == TWO_OF_FOUR
+
+
+def _half(group_size: int) -> int:
+    """Columns of a group that are kept. Odd sizes give one that `layout.group_layout` refuses."""
+    return -1 if group_size == -1 else group_size // 2 if group_size % 2 == 0 else 0
+
+
+def _present(**tensors: Tensor | None) -> dict[str, Tensor]:
+    return {name: t for name, t in tensors.items() if t is not None}
+
+
+def _linear_shape(x: Tensor, *args: Any) -> Tensor:
+    out: Tensor = x.new_empty(*x.shape[:-1], args[-1])
+    return out
+
+
+library.impl("sparse_linear", _sparse_linear_cuda, "CUDA")
+library.impl("sparse_dequantize", _sparse_dequantize_cuda, "CUDA")
+library.impl("pruned_linear", _pruned_linear_cuda, "CUDA")
+library.impl("sparse_linear", _sparse_linear_plain, "CPU")
+library.impl("sparse_dequantize", _sparse_dequantize_plain, "CPU")
+library.impl("pruned_linear", _pruned_linear_plain, "CPU")
+torch.library.register_fake("compress::sparse_linear", _linear_shape, lib=library)
+torch.library.register_fake("compress::sparse_dequantize", _sparse_dequantize_shape, lib=library)
+torch.library.register_fake("compress::pruned_linear", _linear_shape, lib=library)

@@ -1,0 +1,70 @@
+"""narrow.cu and dequantize.cu, run as C++ on this CPU through the operators' own launches, against the packed kinds."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.cuda import choice, ops
+
+
+def _load(path: Path):
+    spec = importlib.util.spec_from_file_location(path.stem + "_shared", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+kinds = _load(Path(__file__).parents[1] / "cuda" / "test_kinds.py")
+
+#: one of each kind, width, way to store scales and offsets
+NAMES = ["uniform2-64", "uniform3-32", "uniform4-128", "uniform4--1", "uniform8-256", "odd", "float scales", "affine",
+         "nf4", "book3", "spqr"]  # fmt: skip
+
+
+@pytest.fixture
+def emulated(monkeypatch, build):
+    """Launches go to the emulation; what they say of shared memory and arguments is what a GPU would be told."""
+
+    def launch(kernel, grid, block, args, shared, x):
+        build(kernel.file, dict(kernel.defines)).launch(kernel.name, grid, block, list(args), shared)
+
+    monkeypatch.setattr(ops, "function", lambda kernel, device: kernel)
+    monkeypatch.setattr(ops, "launch", launch)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    ("tokens", "way"),
+    [(1, choice.Narrow(1, 1, 2, 2)), (7, choice.Narrow(1, 2, 2, 3)), (11, choice.Narrow(2, 2, 3, 1))],
+    ids=["one", "seven", "eleven"],
+)
+def test_narrow(emulated, name, tokens, way):
+    torch.manual_seed(0)
+    dtype = torch.bfloat16 if tokens == 7 else torch.float16
+    packed = kinds.layers(dtype)[name]
+    made = kinds.kernel(packed)
+    columns = -(-packed.shape[1] // 8) * 8
+    x = torch.zeros(tokens, columns, dtype=dtype)
+    x[:, : packed.shape[1]] = torch.randn(tokens, packed.shape[1]).to(dtype)
+    out = torch.full((tokens, packed.shape[0]), float("nan"), dtype=dtype)
+    ops.narrow(x, made.layer, out, way)
+    kinds.close(out, x[:, : packed.shape[1]], packed.dequantize())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dequantize(emulated, name):
+    torch.manual_seed(0)
+    packed = kinds.layers(torch.float16)[name]
+    made = kinds.kernel(packed)
+    got = ops._dequantize(made.layer, packed.shape[1], torch.float16)
+    expected = packed.dequantize().half()
+    if name in ("spqr", "float scales"):
+        assert (got.float() - expected.float()).abs().max() <= 2**-9 * expected.float().abs().max()
+    else:
+        assert torch.equal(got, expected)
