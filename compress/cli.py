@@ -40,6 +40,7 @@ _OTHER = {
     "verify": "check a checkpoint: files, layers, parameters, and what its client makes of it",
     "export": "move a packed checkpoint to another format without rounding again",
     "doctor": "what this machine has: GPUs, kernels and why not, optional packages, free memory and disk",
+    "bench": "speed on this GPU: kernels beside other libraries', tokens a second",
     "demo": "the whole job on a small model that comes with the package: no hub, no GPU, a minute",
 }
 
@@ -75,6 +76,8 @@ def _stub(name: str) -> Any:
 
 
 def _build(name: str) -> Any:
+    if name == "bench":
+        return _bench()
     small = typer.Typer(add_completion=False, rich_markup_mode=None)
     functions: dict[str, Callable[..., None]] = {
         "eval": commands.eval_command,
@@ -89,6 +92,18 @@ def _build(name: str) -> Any:
     function = functions.get(name) or pass_command(name)
     small.command(name=name, help=inspect.getdoc(function))(function)
     return typer.main.get_command(small)
+
+
+def _bench() -> Any:
+    """Its own two commands."""
+    group = typer.Typer(name="bench", add_completion=False, rich_markup_mode=None, help=_OTHER["bench"])
+    both: dict[str, Callable[..., None]] = {
+        "kernels": commands.bench_kernels_command,
+        "decode": commands.bench_decode_command,
+    }
+    for name, function in both.items():
+        group.command(name=name, help=inspect.getdoc(function))(function)
+    return typer.main.get_command(group)
 
 
 app = typer.Typer(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
@@ -153,3 +154,101 @@ def doctor_command(as_json: _Json = False) -> None:
 
     found = examine()
     print(json.dumps(found, indent=2)) if as_json else machine.print_machine(found)
+
+
+_Out = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("-o", "--out", help="write OUT.json and OUT.md"),
+]
+_Gpu = Annotated[str, typer.Option(help="cuda, cuda:1")]
+_Half = Annotated[str, typer.Option(help="float16 or bfloat16")]
+
+
+def bench_kernels_command(
+    kinds: Annotated[str, typer.Option(help="of layers: w4,w3,w2,w8,nf4,spqr,...")] = "all",
+    tokens: Annotated[str, typer.Option(help="how many inputs at once")] = "1,8,16,32,64,256,2048",
+    shapes: Annotated[
+        str, typer.Option(help="out_features x in_features")
+    ] = "4096x4096,11008x4096,4096x11008,8192x8192,28672x8192,8192x28672",
+    group: Annotated[int, typer.Option(help="columns of a group, of integer grids; -1: the whole row")] = 128,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="integer grids have zero points")] = False,
+    dtype: _Half = "float16",
+    tune: Annotated[
+        bool, typer.Option("--tune", help="find the fastest launch shapes first, and keep them for this user")
+    ] = False,
+    no_others: Annotated[bool, typer.Option("--no-others", help="our kernels only")] = False,
+    device: _Gpu = "cuda",
+    out: _Out = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Our kernels beside the card's ceilings and other libraries. Exits with 1 where a result is wrong."""
+    from compress.bench import arguments, kernels, record, tables
+    from compress.bench.cases import CASES
+
+    plan = kernels.Plan(
+        kinds=arguments.names(kinds, CASES, "--kinds"),
+        shapes=arguments.shapes(shapes, "--shapes"),
+        tokens=arguments.counts(tokens, "--tokens"),
+        dtype=arguments.names(dtype, ("float16", "bfloat16"), "--dtype")[0],
+        group=arguments.group(group, "--group"),
+        asymmetric=asymmetric,
+        others=not no_others,
+        tune=tune,
+        device=record.find_device(device),
+    )
+    report = kernels.run(plan, _teller(quiet))
+    made = tables.kernels(report), tables.kernels_notes(report)
+    _report("Kernels", report, *made, out, as_json)
+
+
+def bench_decode_command(
+    methods: Annotated[str, typer.Option(help="dense, and kinds of layers: dense,w4,w3,nf4,...")] = "all",
+    batch: Annotated[str, typer.Option(help="sequences at once")] = "1,16",
+    layers: Annotated[int, typer.Option(min=1, help="decoder blocks; fewer for a quick look")] = 32,
+    prompt: Annotated[int, typer.Option(min=1, help="tokens before the clock runs")] = 16,
+    steps: Annotated[int, typer.Option(min=1, help="tokens while it runs")] = 128,
+    dtype: _Half = "float16",
+    device: _Gpu = "cuda",
+    out: _Out = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Tokens a second of a random Llama-2-7B, greedy, its linear layers packed. Exits with 1 where one fails."""
+    from compress.bench import arguments, decode, record, tables
+    from compress.bench.cases import CASES
+
+    plan = decode.Plan(
+        methods=arguments.names(methods, (decode.DENSE, *CASES), "--methods"),
+        batches=arguments.counts(batch, "--batch"),
+        model=decode.Model(layers=layers),
+        prompt=prompt,
+        steps=steps,
+        dtype=arguments.names(dtype, ("float16", "bfloat16"), "--dtype")[0],
+        device=record.find_device(device),
+    )
+    report = decode.run(plan, _teller(quiet))
+    made = tables.decode(report), tables.decode_notes(report)
+    _report("Decoding", report, *made, out, as_json)
+
+
+def _teller(quiet: bool) -> Callable[[str], None]:
+    """Lines of progress on stderr, in a log too: a run takes minutes."""
+    return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))
+
+
+def _report(
+    title: str, report: dict[str, Any], made: Sequence[Any], notes: Sequence[str], out: Path | None, as_json: bool
+) -> None:
+    """Print it, write it, and exit with 1 where a row of it failed."""
+    from compress.bench import record, tables
+
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        tables.show(made, notes)
+    if out is not None:
+        files = record.write(out, report, tables.markdown(title, report, made, notes))
+        print(f"written: {', '.join(map(str, files))}", file=sys.stderr)
+    if report["failed"] or report["missing"]:
+        raise typer.Exit(1)

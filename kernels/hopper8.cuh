@@ -2,16 +2,34 @@
 #pragma once
 #include "hopper.cuh"
 
-// Four 8 x 8 matrices of 16-bit numbers, each transposed: a lane has of each the numbers (row l / 4, columns 2 (l % 4) and
-// the next), two to a word, and gives the address where column l % 8 of matrix l / 8 goes, eight numbers one after another.
+// A box as `copy_box`, to the same place in each block of the cluster whose bit is in `blocks`; it counts at the
+// barrier that each has where `barrier` is in this one.
+DEVICE void copy_box_to(u32 shared, const Boxes* boxes, int row, int column, u64* barrier, u32 blocks) {
+    asm volatile(
+        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
+        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
+        "l"(boxes), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"((u16)blocks)
+        : "memory");
+}
+// Arrive at the barrier that block `rank` of the cluster has where `mine` is in this one.
+DEVICE void barrier_arrive_at(u64* mine, u32 rank) {
+    asm volatile(
+        "{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
+        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(shared_address(mine)),
+        "r"(rank)
+        : "memory");
+}
+
+// Four 8 x 8 matrices of 16-bit numbers, each transposed: lane l has of each the numbers 2 (l % 4) and the next of row
+// l / 4, two in a word, and gives the address of column l % 8 of matrix l / 8: eight numbers one after another.
 DEVICE void store_transposed(u32 column, u32 a, u32 b, u32 c, u32 d) {
     asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(column), "r"(a), "r"(b),
                  "r"(c), "r"(d)
                  : "memory");
 }
 
-// D[64 x N] += A[64 x 32] B[32 x N] in 8-bit integers. A: each warp holds 16 rows as for `multiply8`; D likewise, d[4 i ...]
-// for columns 8 i; B: as `swizzled_rows` describes, N rows of 128 numbers; 32 bytes more are the next 32 columns.
+// D[64 x N] += A[64 x 32] B[32 x N] in 8-bit integers. A: each warp holds 16 rows as for `multiply8`; D likewise,
+// d[4 i ...] for columns 8 i; B: as `swizzled_rows` describes, N rows of 128 numbers; 32 bytes on are the next 32.
 #define I4(i) "+r"(d[i]), "+r"(d[i + 1]), "+r"(d[i + 2]), "+r"(d[i + 3])
 #define I8(i) I4(i), I4(i + 4)
 #define I16(i) I4(i), I4(i + 4), I4(i + 8), I4(i + 12)

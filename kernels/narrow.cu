@@ -5,8 +5,10 @@
 // registers, the inputs in shared memory of its own, so that no warp ever waits for another before the end. Weights are
 // the 16-row operand of the tensor cores, tokens the 8-column one.
 //
+// Single weights that are corrected from a list, in compressed sparse rows, are the work of four more warps meanwhile.
+//
 // Macros: KIND and what it asks for (weights.cuh); T: Half or BFloat, the type of x and out; NT, RT, WARPS, DEPTH;
-// FEW: 1 if there are at most 2 tokens; OUTLIERS: 1 where single weights are corrected from a list in compressed sparse rows.
+// FEW: 1 if there are at most 2 tokens; OUTLIERS: 1 where there is such a list.
 #include "weights.cuh"
 
 #ifndef OUTLIERS
@@ -18,6 +20,7 @@ constexpr int PITCH_X = CHUNK * 2 + 16;   // bytes of a token's inputs in shared
 constexpr int PITCH_SUM = TOKENS + 1;     // floats
 constexpr int CODE_BYTES = Words<BITS>::BYTES;
 constexpr int COPIES = FEW ? 1 : TOKENS / 2;  // of 8 columns of every other token, by a lane
+constexpr int HELPERS = OUTLIERS ? 4 : 0, THREADS = (WARPS + HELPERS) * 32;
 constexpr bool AFTER = NT == 1;  // scales are applied to sums over a group; with more tokens it is cheaper to weights
 
 // The corrections of one row for every token, into sums[TOKENS], by 16 lanes.
@@ -54,7 +57,7 @@ DEVICE void finish_group(float* sums, float* part, const float* total, const Wei
     }
 }
 
-extern "C" __global__ void __launch_bounds__(WARPS * 32)
+extern "C" __global__ void __launch_bounds__(THREADS)
     narrow(const u8* codes, const u8* scales, const u8* offsets, const u8* table, const u32* outlier_rows,
            const u16* outlier_columns, const u16* outlier_values, const u16* x, u16* out, int tokens, int rows,
            int columns, int chunks, int shift) {
@@ -87,8 +90,9 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     const u64 two_tokens = 2 * (u64)columns;
 
     Weights<T> held[DEPTH][RT];
+    const int last = warp < WARPS ? chunks : 0;  // helpers have no chunks
     auto request = [&](int d) {
-        if (next < chunks) {
+        if (next < last) {
 #pragma unroll
             for (int r = 0; r < RT; r++) {
                 held[d][r].words.stream(next_codes[r], lane);
@@ -112,29 +116,29 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
 
     auto prepare = [&](u8* place, int tile) {
         if (AFTER) {
-            Weights<T>::prepare_pairs(place, layer, tile, WARPS * 32);
+            Weights<T>::prepare_pairs(place, layer, tile, THREADS);
         } else {
-            Weights<T>::prepare_weights(place, layer, tile, WARPS * 32);
+            Weights<T>::prepare_weights(place, layer, tile, THREADS);
         }
     };
     for (int r = 0; r < (KIND == BOOK ? RT : 1); r++) prepare(shared + r * table_bytes, min(first_tile + r, tiles - 1));
-    if (OUTLIERS) {
-        for (int r = 2 * warp; r < ROWS; r += 2 * WARPS) {  // two rows a warp
+    if (tables) __syncthreads();
+    if (OUTLIERS && warp >= WARPS) {
+        for (int r = 2 * (warp - WARPS); r < ROWS; r += 2 * HELPERS) {  // two rows a warp
             const int own_row = r + lane / 16, row = min(first_tile * TILE + own_row, rows - 1);
             correct(outlier_rows[row], outlier_rows[row + 1], outlier_columns, outlier_values, x, columns, count,
                     corrections + own_row * TOKENS, lane % 16);
         }
     }
-    if (tables || OUTLIERS) __syncthreads();
 
     float sums[RT][NT][4] = {};
     u32 at[NT];  // where a lane finds its row of a matrix of inputs; tokens past the last read it again, for nothing
 #pragma unroll
     for (int n = 0; n < NT; n++) at[n] = own_address + min(n * 8 + lane % 8, count - 1) * PITCH_X + lane / 8 * 16;
-    for (int chunk = warp; chunk < chunks;) {
+    for (int chunk = warp; chunk < last;) {
 #pragma unroll
         for (int d = 0; d < DEPTH; d++, chunk += WARPS) {
-            if (chunk >= chunks) break;
+            if (chunk >= last) break;
             copies_wait<DEPTH - 1>();
             __syncwarp();
             float part[RT][4] = {}, total[4] = {};  // of a group, with AFTER: x (code - middle), and x
@@ -179,7 +183,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     __syncthreads();  // the inputs' place is free
     float* all = (float*)inputs;
 #pragma unroll
-    for (int r = 0; r < RT; r++)
+    for (int r = 0; warp < WARPS && r < RT; r++)
 #pragma unroll
         for (int n = 0; n < NT; n++)
 #pragma unroll
@@ -187,7 +191,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
                 all[(warp * ROWS + r * TILE + lane / 4 + e / 2 * 8) * PITCH_SUM + n * 8 + lane % 4 * 2 + e % 2] =
                     sums[r][n][e];
     __syncthreads();
-    for (int i = threadIdx.x; i < ROWS * count; i += WARPS * 32) {
+    for (int i = threadIdx.x; i < ROWS * count; i += THREADS) {
         const int r = i % ROWS, m = i / ROWS, row = first_tile * TILE + r;
         if (row < rows) {
             float sum = OUTLIERS ? corrections[r * TOKENS + m] : 0.0f;

@@ -1,17 +1,18 @@
 // out[tokens, rows] = x[tokens, columns] W^T with both sides in 8 bits, for few tokens: as fast as the weights can be
 // read. As narrow.cu: a block owns RT tiles of 16 rows and TOKENS = 8 NT tokens, its warps share out the chunks of
-// columns, and each keeps DEPTH of them on their way, codes in registers and inputs in shared memory of its own. Sums are
-// whole numbers, exact in any order. The outlier columns are further chunks, of 16-bit numbers, which are summed in
-// float32 beside them.
+// columns, and each keeps DEPTH of them on their way, codes in registers and inputs in shared memory of its own. Sums
+// are whole numbers, exact in any order. The outlier columns are further chunks, of 16-bit numbers, which are summed in
+// float32 beside them. The end is (sum * token's scale) * row's scale + outliers, rounded to T.
 //
-// Macros: T: Half or BFloat, the type of out and of outliers; NT, RT, WARPS, DEPTH; OUTLIERS: 1 if there are such columns.
+// Macros: T: Half or BFloat, the type of out and of outliers; NT, RT, WARPS, DEPTH; OUTLIERS: 1 if there are any.
 #include "codes8.cuh"
 
 constexpr int TOKENS = 8 * NT, ROWS = RT * TILE;
-constexpr int PITCH_X = INPUT_BYTES + 16;     // bytes of a token's chunk in shared memory: rows fall on different banks
-constexpr int PITCH_SUM = TOKENS + 1;          // numbers
-constexpr int COPIES = TOKENS / 4;             // of 16 bytes of every fourth token, by a lane
+constexpr int PITCH_X = INPUT_BYTES + 16;  // bytes of a token's chunk in shared memory: rows fall on different banks
+constexpr int PITCH_SUM = TOKENS + 1;      // numbers
+constexpr int COPIES = TOKENS / 4;         // by a lane
 constexpr int OUTPUTS = (ROWS * TOKENS + WARPS * 32 - 1) / (WARPS * 32);  // that a thread writes at the end
+static_assert(ROWS <= WARPS * 32 && TOKENS <= WARPS * 32, "a thread has a row's scale and a token's");
 
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     narrow8(const u8* codes, const u8* outliers, const float* scales, const u8* x, const float* x_scales, u16* out,
@@ -25,47 +26,37 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     const u64 token_bytes = (u64)all * INPUT_BYTES;
     const int slot = min(TOKENS, tokens) * PITCH_X;
 
-    // The warp takes chunks warp, warp + WARPS, ..., the outlier columns' after the others.
-    const u8* mine[RT];  // where its lane finds its part of the next one to be asked for
-    int next = warp;
-    auto find = [&]() {
-#pragma unroll
-        for (int r = 0; r < RT; r++) {
-            const u64 tile = min(first_tile + r, tiles - 1);
-            const u8* chunk = OUTLIERS && next >= chunks ? outliers + (tile * outlier_chunks + (next - chunks)) * WEIGHT_BYTES
-                                                         : codes + (tile * chunks + next) * WEIGHT_BYTES;
-            mine[r] = chunk + Words<8>::place(lane);
-        }
-    };
-    find();
+    // The warp takes chunks warp, warp + WARPS, ..., the outlier columns' after the others. A lane copies 16 bytes of
+    // every fourth token.
     const u32 own = shared_address(shared) + warp * DEPTH * slot;
     const u32 to = own + lane / 8 * PITCH_X + lane % 8 * 16;
-    const u8* next_x = x + (first_token + lane / 8) * token_bytes + warp * INPUT_BYTES + lane % 8 * 16;
-    const u64 four_tokens = 4 * token_bytes;
-
+    const u8* from = x + (first_token + lane / 8) * token_bytes + lane % 8 * 16;
     Words<8> held[DEPTH][RT];
-    auto request = [&](int d) {
-        if (next < all) {
+    auto fetch_weights = [&](int d, int chunk) {
+        if (chunk >= all) return;
 #pragma unroll
-            for (int r = 0; r < RT; r++) held[d][r].stream(mine[r], lane);
-#pragma unroll
-            for (int j = 0; j < COPIES; j++)
-                if (4 * j + lane / 8 < count) copy16(to + d * slot + j * 4 * PITCH_X, next_x + j * four_tokens, true);
+        for (int r = 0; r < RT; r++) {
+            const int tile = min(first_tile + r, tiles - 1);
+            const u8* part = part_of(codes, tile, chunk, chunks);
+            if (OUTLIERS && chunk >= chunks) part = part_of(outliers, tile, chunk - chunks, outlier_chunks);
+            held[d][r].stream(part + Words<8>::place(lane), lane);
         }
-        next += WARPS;
-        next_x += WARPS * INPUT_BYTES;
-        if (OUTLIERS && next >= chunks) {
-            find();
-        } else {
+    };
+    auto fetch_inputs = [&](int d, int chunk) {
 #pragma unroll
-            for (int r = 0; r < RT; r++) mine[r] += WARPS * WEIGHT_BYTES;
-        }
+        for (int j = 0; j < COPIES; j++)
+            if (chunk < all && 4 * j + lane / 8 < count)
+                copy16(to + d * slot + j * 4 * PITCH_X, from + 4 * j * token_bytes + chunk * INPUT_BYTES, true);
         copies_commit();
     };
 #pragma unroll
-    for (int d = 0; d < DEPTH; d++) request(d);
-    for (int i = threadIdx.x; i < ROWS; i += WARPS * 32) row_scale[i] = scales[min(first_tile * TILE + i, rows - 1)];
-    for (int i = threadIdx.x; i < TOKENS; i += WARPS * 32) token_scale[i] = x_scales[min(first_token + i, tokens - 1)];
+    for (int d = 0; d < DEPTH; d++) fetch_weights(d, warp + d * WARPS);
+    float own_row = 0, own_token = 0;  // scales; they are needed at the end
+    if (threadIdx.x < ROWS) own_row = scales[min(first_tile * TILE + (int)threadIdx.x, rows - 1)];
+    wait_for_previous();  // of which the weights are no part
+#pragma unroll
+    for (int d = 0; d < DEPTH; d++) fetch_inputs(d, warp + d * WARPS);
+    if (threadIdx.x < TOKENS) own_token = x_scales[min(first_token + (int)threadIdx.x, tokens - 1)];
 
     int sums[RT][NT][4] = {};
     float beside[RT][NT][4] = {};  // of the outlier columns
@@ -98,11 +89,14 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
                         }
             }
             __syncwarp();
-            request(d);
+            fetch_weights(d, chunk + DEPTH * WARPS);
+            fetch_inputs(d, chunk + DEPTH * WARPS);
         }
     }
 
     copies_wait<0>();
+    if (threadIdx.x < ROWS) row_scale[threadIdx.x] = own_row;
+    if (threadIdx.x < TOKENS) token_scale[threadIdx.x] = own_token;
     // The warps' sums are added up through the inputs' place, first of whole numbers, then of the outliers' floats.
     auto collect = [&](auto* place, const auto& parts, auto* totals) {
         __syncthreads();  // nobody uses the place

@@ -28,12 +28,13 @@ DEVICE u32 code(float x, float scale, float inverse) {
 extern "C" __global__ void __launch_bounds__(1024)
     quantise(const u16* x, const int* outliers, u8* to, float* scales, int columns, int chunks, int outlier_count,
              int outlier_chunks) {
-    extern __shared__ __align__(128) u8 marks[];  // a bit a column: an outlier
+    extern __shared__ __align__(128) u8 shared[];  // a bit a column: an outlier
     __shared__ u32 tops[32];
     const int lane = threadIdx.x % 32, threads = blockDim.x, vectors = chunks * (CHUNK / 8);
     x += (u64)blockIdx.x * columns;
     to += (u64)blockIdx.x * (chunks + outlier_chunks) * INPUT_BYTES;
 
+    next_may_start();
     u32 held[VECTORS][4];
 #pragma unroll
     for (int v = 0; v < VECTORS; v++) {
@@ -42,24 +43,20 @@ extern "C" __global__ void __launch_bounds__(1024)
         held[v][0] = eight.x, held[v][1] = eight.y, held[v][2] = eight.z, held[v][3] = eight.w;
     }
 
+    u16 kept = 0;  // a thread's first outlier input; it is needed at the end
     if (OUTLIERS) {
-        for (int i = threadIdx.x; i < vectors / 4; i += threads) ((u32*)marks)[i] = 0;
+        for (int i = threadIdx.x; i < vectors / 4; i += threads) ((u32*)shared)[i] = 0;
         __syncthreads();
-        u16* kept = (u16*)(to + chunks * INPUT_BYTES);
-        for (int i = threadIdx.x; i < outlier_chunks * OUTLIER_CHUNK; i += threads) {
-            u16 value = 0;
-            if (i < outlier_count) {
-                const u32 column = outliers[i];
-                value = x[column];
-                atomicAdd((u32*)marks + column / 32, 1u << (column % 32));  // no column comes twice
-            }
-            kept[i] = value;
+        for (int i = threadIdx.x; i < outlier_count; i += threads) {
+            const u32 column = outliers[i];
+            if (i < threads) kept = x[column];
+            atomicAdd((u32*)shared + column / 32, 1u << (column % 32));  // no column comes twice
         }
         __syncthreads();
 #pragma unroll
         for (int v = 0; v < VECTORS; v++) {
             const int i = threadIdx.x + v * threads;
-            const u32 of = i < vectors ? marks[i] : 0;
+            const u32 of = i < vectors ? shared[i] : 0;
             if (of) clear(held[v], of);
         }
     }
@@ -97,5 +94,10 @@ extern "C" __global__ void __launch_bounds__(1024)
         if (i < vectors)
             ((uint2*)to)[i] = make_uint2(low_bytes(codes[0], codes[1], codes[2], codes[3]) & finite,
                                          low_bytes(codes[4], codes[5], codes[6], codes[7]) & finite);
+    }
+    if (OUTLIERS) {
+        u16* own = (u16*)(to + chunks * INPUT_BYTES);
+        for (int i = threadIdx.x; i < outlier_chunks * OUTLIER_CHUNK; i += threads)
+            own[i] = i < threads ? kept : i < outlier_count ? x[outliers[i]] : 0;
     }
 }

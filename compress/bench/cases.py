@@ -1,23 +1,24 @@
-"""The layers that the benchmarks multiply by: random weights of every kind, made on the device.
+"""The layers that the benchmarks multiply by: random weights of every kind, drawn on the device by torch's generator.
 
-A kind is a line of `CASES`: how it is built, how far it may be from its definition, and what bounds it. A layer that has
-a `fast.Kernel` needs a line with `of_kernel` and a function that makes the packed layer; any other a builder of its own.
+A kind is a line of `CASES`: how it is built, how far it may be from its definition, and what bounds it. A layer that
+has a `fast.Kernel` needs `of_kernel` and a function that makes the packed layer; any other a builder of its own.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from importlib.util import find_spec
-from typing import Any, Protocol
+from inspect import signature
 
 import torch
 from torch import Tensor
 
 from compress import tables
-from compress.cuda import choice, layout, ops
+from compress.bench.layers import Built, Case, Setting, Shape, built, codes, short, total, uniform, words
+from compress.cuda import layout, ops
 from compress.packed.dense import Dense
 from compress.packed.outlier_columns import OutlierColumns
 from compress.packed.sparse import Sparse
@@ -25,154 +26,28 @@ from compress.packed.uniform import UniformGrid
 from compress.solvers.masks import Pattern
 from compress.types import Packed
 
-Shape = tuple[int, int]
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a builder is told besides the shape.
-
-    Attributes:
-        device: where it is built.
-        dtype: of inputs, outputs and 16-bit statistics.
-        group: columns of a group, of integer grids.
-        asymmetric: integer grids have zero points.
-        std: standard deviation of the weights, about.
-        seed: of the random numbers.
-    """
-
-    device: str
-    dtype: torch.dtype = torch.float16
-    group: int = 128
-    asymmetric: bool = False
-    std: float = 0.05
-    seed: int = 0
-
-    def generator(self) -> torch.Generator:
-        return torch.Generator(device=self.device).manual_seed(self.seed)
-
-
-class Subject(Protocol):
-    """What is timed: a dataclass of tensors that multiplies. `fast.Kernel` is one."""
-
-    def linear(self, x: Tensor) -> Tensor: ...
-
-    def tensors(self) -> dict[str, Tensor]: ...
-
-
-@dataclass(frozen=True)
-class Built:
-    """A layer.
-
-    Attributes:
-        subject: what is timed; copies of it are made by copy.deepcopy.
-        size: bytes of it that a product must read.
-        reference: makes a function from x to the product in float32 [tokens, rows], by definition.
-        way: which kernel runs for so many tokens, in short; "" where that is not known.
-    """
-
-    subject: Subject
-    size: int
-    reference: Callable[[], Callable[[Tensor], Tensor]]
-    way: Callable[[int], str] = lambda tokens: ""
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kind of layer.
-
-    Attributes:
-        name: as the command line has it.
-        what: for a reader.
-        build: from rows and columns.
-        limit: the largest relative error (Frobenius) that is rounding.
-        operand: whose dense rate bounds it.
-        work: the share of a dense product's operations that it does.
-    """
-
-    name: str
-    what: str
-    build: Callable[[Shape, Setting], Built]
-    limit: float = 1e-3
-    operand: str = "fp16"
-    work: float = 1.0
-
-
-@dataclass(frozen=True)
-class Laid:
-    """A layer in fragment order, through the operators that users run."""
-
-    layer: ops.Layer
-
-    def linear(self, x: Tensor) -> Tensor:
-        out: Tensor = torch.ops.compress.linear(x, *self.layer.arguments)
-        return out
-
-    def tensors(self) -> dict[str, Tensor]:
-        return {k: v for k, v in vars(self.layer).items() if isinstance(v, Tensor)}
-
-    def way(self, tokens: int, columns: int) -> choice.Narrow | choice.Wide | choice.Library:
-        """How the operator would multiply so many inputs."""
-        x, outliers = self.layer, self.layer.outlier_rows is not None
-        return choice.choose(x.kind, x.bits, tokens, x.rows, columns, x.codes.device.index, outliers)
-
-
-def short(way: Any) -> str:
-    """ "narrow 1 2 8 3": a way of choice.py on a table."""
-    return " ".join([type(way).__name__.lower(), *map(str, vars(way).values())])
-
-
-def built(layer: ops.Layer, columns: int) -> Built:
-    """A layer in fragment order with what it is checked against."""
-    subject = Laid(layer)
-
-    def reference() -> Callable[[Tensor], Tensor]:
-        weight = ops.plain(layer, columns, torch.float32)
-        return lambda x: x.float() @ weight.t()
-
-    parts = subject.tensors()
-    parts.pop("outlier_steps", None)  # it stands for the values, or they for it
-    return Built(subject, total(parts), reference, lambda tokens: short(subject.way(tokens, columns)))
-
-
-def total(parts: dict[str, Tensor]) -> int:
-    """Bytes."""
-    return sum(part.nbytes for part in parts.values())
-
 
 def of_kernel(home: str, make: Callable[[Shape, Setting], Packed], shape: Shape, setting: Setting) -> Built:
     """A packed layer in the layout of a kernel. Its definition is `Packed.linear` of float32 inputs.
 
     Args:
-        home: the kernel's module and class, "compress.cuda.pruned:PrunedGrid".
+        home: the kernel's module and class, "compress.cuda.pruned:PrunedGrid". If the module has a function `choose` of
+            tokens, rows, columns and device, that tells the way.
         make: makes the layer.
     """
-    module, _, name = home.partition(":")
-    packed = make(shape, setting)
-    kernel = getattr(import_module(module), name).of(packed)
+    where, _, name = home.partition(":")
+    packed, module = make(shape, setting), import_module(where)
+    kernel = getattr(module, name).of(packed)
     assert kernel is not None, f"{home} does not take {packed.storage}"
     parts = kernel.tensors()
     unread = total(parts) - parts["weight"].nbytes if name == "PrunedValues" else 0  # kept to restore the layer
-    return Built(kernel, total(parts) - unread, lambda: lambda x: packed.linear(x.float()).float())
 
+    def way(tokens: int) -> str:
+        if list(signature(getattr(module, "choose", way)).parameters) != ["tokens", "rows", "columns", "device"]:
+            return ""
+        return short(module.choose(tokens, *shape, torch.device(setting.device).index))
 
-def words(shape: Shape, bits: int, setting: Setting, bytewise: bool = False) -> Tensor:
-    """Random codes in fragment order, without packing any: whatever bits a word has are codes."""
-    like = layout.pack(torch.empty(shape, dtype=torch.uint8, device="meta"), bits, bytewise)
-    make = setting.generator()
-    return torch.randint(-(2**31), 2**31, like.shape, dtype=like.dtype, device=setting.device, generator=make)
-
-
-def uniform(low: float, high: float, size: tuple[int, ...], setting: Setting) -> Tensor:
-    """float32, evenly between the two."""
-    drawn = torch.rand(size, device=setting.device, generator=setting.generator())
-    return drawn * (high - low) + low
-
-
-def codes(below: int, size: tuple[int, ...], setting: Setting) -> Tensor:
-    """uint8"""
-    make = setting.generator()
-    return torch.randint(0, below, size, dtype=torch.uint8, device=setting.device, generator=make)
+    return Built(kernel, total(parts) - unread, lambda: lambda x: packed.linear(x.float()).float(), way)
 
 
 def grid(bits: int, shape: Shape, setting: Setting) -> Built:
@@ -205,42 +80,41 @@ def nf4(shape: Shape, setting: Setting) -> Built:
 
 
 def spqr(shape: Shape, setting: Setting, share: float = 0.01) -> Built:
-    """3 bits in groups of 16 whose scales and zeros have 3 bits in runs of 16 rows; `share` of the weights are outliers.
+    """3 bits in groups of 16 whose scales and zeros have 3 bits in runs of 16 rows, and a share of outliers.
 
     Scales come out as 1 to 10 steps and zeros as 0 to 7, so that a weight is 0 on the average.
     """
     rows, columns = shape
     groups, runs = -(-columns // 16), layout.tiles(rows)
     step, spread = setting.std / 18, (runs, groups)
-    again = replace(setting, seed=setting.seed + 1)
     scale_grid = [uniform(0.5 * step, 1.5 * step, spread, setting), uniform(-3, -1, spread, setting)]
-    zero_grid = [uniform(0.8, 1.2, spread, again), uniform(-0.5, 0.5, spread, again)]
+    zero_grid = [uniform(0.8, 1.2, spread, setting), uniform(-0.5, 0.5, spread, setting)]
     statistics, second = layout.pack_second_level(
         codes(8, (rows, groups), setting),
         torch.stack(scale_grid, -1).to(setting.dtype),
-        codes(8, (rows, groups), again),
+        codes(8, (rows, groups), setting),
         torch.stack(zero_grid, -1).to(setting.dtype),
     )
     layer = ops.Layer.of(ops.BILEVEL, 3, 16, shape, words(shape, 3, setting), statistics, second)
     if share:
-        layer = replace(layer, **_outliers(layer, shape, setting, share))
+        layer = with_outliers(layer, shape, setting, share)
     return built(layer, columns)
 
 
-def _outliers(layer: ops.Layer, shape: Shape, setting: Setting, share: float) -> dict[str, Tensor]:
+def with_outliers(layer: ops.Layer, shape: Shape, setting: Setting, share: float) -> ops.Layer:
     """Weights three times as large as others, anywhere."""
-    there = torch.rand(shape, device=setting.device, generator=setting.generator()) < share
+    there = torch.rand(shape, device=setting.device) < share
     first = torch.zeros(shape[0] + 1, dtype=torch.int32, device=setting.device)
     first[1:] = there.sum(1).cumsum(0)
     base = ops.plain(layer, shape[1], torch.float32)[there]
-    values = torch.randn(len(base), device=setting.device, generator=setting.generator()) * (3 * setting.std)
-    values = values.to(setting.dtype)
-    return {
-        "outlier_rows": first,
-        "outlier_columns": there.nonzero()[:, 1].to(torch.int16),
-        "outlier_values": values,
-        "outlier_steps": (values.float() - base).to(setting.dtype),
-    }
+    values = setting.normal(len(base), std=3 * setting.std)
+    return replace(
+        layer,
+        outlier_rows=first,
+        outlier_columns=there.nonzero()[:, 1].to(torch.int16),
+        outlier_values=values,
+        outlier_steps=(values.float() - base).to(setting.dtype),
+    )
 
 
 def patterned(shape: Shape, setting: Setting) -> Tensor:
@@ -255,9 +129,7 @@ def pruned(bits: int, shape: Shape, setting: Setting) -> Sparse:
     mask = patterned(shape, setting)
     inner: Dense | UniformGrid
     if bits == 16:
-        make = setting.generator()
-        values = torch.empty(shape, dtype=setting.dtype, device=setting.device).normal_(0, setting.std, generator=make)
-        inner = Dense(values.masked_fill_(~mask, 0))
+        inner = Dense(setting.normal(*shape, std=setting.std).masked_fill_(~mask, 0))
     else:
         whole = integers(bits, shape, setting)
         inner = replace(whole, codes=whole.codes.masked_fill(~mask, 2 ** (bits - 1)), zeros=None)
@@ -278,11 +150,11 @@ def llm_int8(shape: Shape, setting: Setting, count: int = 8) -> OutlierColumns:
     columns = torch.linspace(0, shape[1] - 1, count, device=setting.device).to(torch.int32)
     level = whole.codes.clamp(min=1).index_fill(1, columns.long(), 128)
     inner = replace(whole, codes=level, scales=whole.scales.float(), activations="token")
-    values = torch.randn(shape[0], count, device=setting.device, generator=setting.generator()) * setting.std
-    return OutlierColumns(inner, columns, values.to(setting.dtype))
+    return OutlierColumns(inner, columns, setting.normal(shape[0], count, std=setting.std))
 
 
 _INTEGERS = "{} bits, groups of 128, a 16-bit scale each"
+_EIGHT = "compress.cuda.eight:EightBit"
 _VALUES, _GRID = "compress.cuda.pruned:PrunedValues", "compress.cuda.pruned:PrunedGrid"
 
 
@@ -301,6 +173,16 @@ CASES: dict[str, Case] = {
         Case("w8", _INTEGERS.format(8), partial(grid, 8)),
         Case("nf4", "NF4, blocks of 64, a float32 absmax each", nf4),
         Case("spqr", "SpQR: 3 bits, groups of 16, two-level statistics, 1% outliers", spqr),
+        *_if_there(
+            "compress.cuda.eight",
+            Case(
+                "int8",
+                "LLM.int8(): 8-bit inputs, 8 outlier columns",
+                partial(of_kernel, _EIGHT, llm_int8),
+                1e-3,
+                "int8",
+            ),
+        ),
         *_if_there(
             "compress.cuda.pruned",
             Case("sparse", "2:4, 16-bit values", partial(of_kernel, _VALUES, partial(pruned, 16)), work=0.5),

@@ -8,7 +8,9 @@ sizes, or the time of its arithmetic at the rate of a large dense product, which
 from __future__ import annotations
 
 import bisect
+import contextlib
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,9 +65,8 @@ def measure(device: int) -> Ceilings:
     room = min(SIZES[-1], free // 4) // 16 * 16
     buffer = torch.randint(-(2**31), 2**31, (room // 4,), dtype=torch.int32, device=f"cuda:{device}")
     reads = tuple((size, _read(buffer, size)) for size in SIZES if size <= room)
-    target = torch.empty_like(buffer)
-    copy = 2 * room / timing.graph([lambda: target.copy_(buffer)]) / 1e3
-    del buffer, target
+    copy = 2 * room / timing.graph([functools.partial(torch.empty_like(buffer).copy_, buffer)]) / 1e3
+    del buffer
     return Ceilings(copy, reads, _rates(device))
 
 
@@ -87,14 +88,14 @@ def _read(buffer: Tensor, size: int) -> float:
 
 def _rates(device: int) -> dict[str, float]:
     """Of short bursts: a long one is held back by the card's power limit. Without those that the card cannot do."""
-    operations, on = 2.0 * _DENSE**3, f"cuda:{device}"
+    on = f"cuda:{device}"
     half = [torch.randn(_DENSE, _DENSE, dtype=torch.float16, device=on) for _ in range(2)]
-    out = torch.empty_like(half[0])
-    rates = {"fp16": operations / timing.graph([lambda: torch.mm(half[0], half[1].t(), out=out)]) / 1e6}
     byte = [(h * 40).to(torch.int8) for h in half]
-    del half, out
-    try:
-        rates["int8"] = operations / timing.graph([lambda: torch._int_mm(byte[0], byte[1].t())]) / 1e6
-    except RuntimeError:  # a card or a torch without it
-        pass
-    return {name: round(rate, 1) for name, rate in rates.items()}
+    rates = {"fp16": _rate(lambda: torch.mm(half[0], half[1].t()))}
+    with contextlib.suppress(RuntimeError):  # a card or a torch without it
+        rates["int8"] = _rate(lambda: torch._int_mm(byte[0], byte[1].t()))
+    return rates
+
+
+def _rate(product: Callable[[], Tensor]) -> float:
+    return round(2.0 * _DENSE**3 / timing.graph([product]) / 1e6, 1)

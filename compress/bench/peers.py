@@ -9,16 +9,20 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib import import_module
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from compress.bench import timing
-from compress.bench.cases import Setting, Shape, codes, patterned, uniform
-from compress.bench.checks import Input, difference, poisoned
+from compress.bench.cases import patterned
+from compress.bench.checks import coarseness, difference, poisoned
+from compress.bench.layers import Setting, Shape, codes, uniform
 
 _STD = 0.05
 _TINY_GROUP, _TINY_TILES = 128, 8
@@ -50,7 +54,7 @@ class Peer:
         name: on tables.
         kinds: of ours, to which it is compared; empty for all.
         make: with random weights of a shape.
-        limit: the largest relative error that is rounding.
+        limit: the largest relative error that is rounding, with float16.
         absent: why it cannot run on the machine; "" if it can.
         fewest: tokens that it takes.
         eager: timed as a host drives it, since it cannot be captured in a graph.
@@ -104,27 +108,24 @@ def measure(peer: Peer, shape: Shape, tokens: Sequence[int], setting: Setting) -
         except Exception as error:  # others' code: whatever it refuses is its own row
             found.why_not[0] = first_line(error)
             return found
-        for count in tokens:
+        for count in (n for n in tokens if n >= peer.fewest):
             try:
-                _one(peer, ready, count, found)
+                _one(peer, ready, count, peer.limit * coarseness(setting.dtype), found)
             except Exception as error:
                 found.why_not[count] = first_line(error)
     return found
 
 
-def _one(peer: Peer, ready: Ready, tokens: int, found: Found) -> None:
-    if tokens < peer.fewest:
-        found.why_not[tokens] = f"takes {peer.fewest} tokens or more"
-        return
+def _one(peer: Peer, ready: Ready, tokens: int, limit: float, found: Found) -> None:
     x = ready.input(tokens)
     ready.prepare(x)
     with poisoned():
         out = ready.runs[0](x)
     found.error[tokens] = error = difference(out, ready.reference(x))
-    if not error <= peer.limit:
+    if not error <= limit:
         found.why_not[tokens] = f"wrong result: relative error {error:.1e}"
         return
-    calls = [lambda run=run: run(x) for run in ready.runs]
+    calls = [partial(run, x) for run in ready.runs]
     found.us[tokens] = timing.eager(calls) if peer.eager else timing.graph(calls)
 
 
@@ -138,8 +139,8 @@ def _many(make: Callable[[], Callable[[Tensor], Tensor]], size: int) -> list[Cal
     return [make() for _ in range(timing.copies(size, torch.cuda.current_device()))]
 
 
-def _normal(shape: tuple[int, int], setting: Setting, dtype: torch.dtype, std: float = _STD) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device=setting.device).normal_(0, std, generator=setting.generator())
+def _inputs(shape: Shape, setting: Setting) -> Callable[[int], Tensor]:
+    return lambda tokens: setting.normal(tokens, shape[1])
 
 
 # --- torch's own ----------------------------------------------------------------------------------------------------
@@ -147,14 +148,14 @@ def _normal(shape: tuple[int, int], setting: Setting, dtype: torch.dtype, std: f
 
 def dense(shape: Shape, setting: Setting) -> Ready:
     """F.linear, which is cuBLAS."""
-    weight = _normal(shape, setting, setting.dtype)
+    weight = setting.normal(*shape, std=_STD)
     whole = weight.float()
 
     def one() -> Callable[[Tensor], Tensor]:
         mine = weight.clone()
         return lambda x: F.linear(x, mine)
 
-    return Ready(_many(one, weight.nbytes), lambda x: x.float() @ whole.t(), Input(shape[1], setting))
+    return Ready(_many(one, weight.nbytes), lambda x: x.float() @ whole.t(), _inputs(shape, setting))
 
 
 def tinygemm(shape: Shape, setting: Setting) -> Ready:
@@ -176,8 +177,11 @@ def tinygemm(shape: Shape, setting: Setting) -> Ready:
 
         return run
 
-    make = Input(columns, Setting(setting.device, torch.bfloat16))
-    return Ready(_many(one, both.nbytes + statistics.nbytes), lambda x: x.float() @ whole.t(), make)
+    return Ready(
+        _many(one, both.nbytes + statistics.nbytes),
+        lambda x: x.float() @ whole.t(),
+        _inputs(shape, replace(setting, dtype=torch.bfloat16)),
+    )
 
 
 def int_mm(shape: Shape, setting: Setting) -> Ready:
@@ -198,8 +202,8 @@ def int_mm(shape: Shape, setting: Setting) -> Ready:
 def cusparselt(shape: Shape, setting: Setting) -> Ready:
     """2:4 with the algorithm that cuSPARSELt's search finds for the number of tokens, or its default one if that is
     quicker. Tokens are filled up to a multiple of 8 before the clock runs."""
-    rows, columns = shape
-    weight = _normal(shape, setting, setting.dtype).masked_fill_(~patterned(shape, setting), 0)
+    rows = shape[0]
+    weight = setting.normal(*shape, std=_STD).masked_fill_(~patterned(shape, setting), 0)
     whole, packed = weight.float(), torch._cslt_compress(weight)
     chosen = [0]
 
@@ -210,16 +214,24 @@ def cusparselt(shape: Shape, setting: Setting) -> Ready:
     def prepare(x: Tensor) -> None:
         searched = torch._cslt_sparse_mm_search(packed, x.t(), transpose_result=True)
         both = dict.fromkeys((searched, 0))
-        chosen[0] = min(both, key=lambda a: timing.graph([lambda run=run: run(x, a) for run in mine]))
+        chosen[0] = min(both, key=lambda a: timing.graph([partial(run, x, a) for run in mine]))
 
     def one() -> Callable[..., Tensor]:
         own = packed.clone()
         return lambda x, algorithm: product(x, own, algorithm)
 
     mine: list[Callable[..., Tensor]] = [one() for _ in range(timing.copies(packed.nbytes, packed.get_device()))]
-    fill = Input(columns, setting)
-    runs = [lambda x, run=run: run(x, chosen[0]) for run in mine]
-    return Ready(runs, lambda x: x.float() @ whole.t(), lambda tokens: fill(-(-tokens // 8) * 8), prepare)
+    fill = _inputs(shape, setting)
+
+    def chosen_one(run: Callable[..., Tensor]) -> Callable[[Tensor], Tensor]:
+        return lambda x: run(x, chosen[0])
+
+    return Ready(
+        [chosen_one(run) for run in mine],
+        lambda x: x.float() @ whole.t(),
+        lambda tokens: fill(-(-tokens // 8) * 8),
+        prepare,
+    )
 
 
 # --- bitsandbytes ---------------------------------------------------------------------------------------------------
@@ -227,10 +239,9 @@ def cusparselt(shape: Shape, setting: Setting) -> Ready:
 
 def bnb_nf4(shape: Shape, setting: Setting) -> Ready:
     """NF4, blocks of 64: `matmul_4bit`, and for one token `gemv_4bit` if that is quicker."""
-    import bitsandbytes
-    from bitsandbytes import functional
-
-    packed, state = functional.quantize_4bit(_normal(shape, setting, setting.dtype), blocksize=64, quant_type="nf4")
+    bitsandbytes: Any = import_module("bitsandbytes")
+    functional = bitsandbytes.functional
+    packed, state = functional.quantize_4bit(setting.normal(*shape, std=_STD), blocksize=64, quant_type="nf4")
     whole = functional.dequantize_4bit(packed, state).float()
     gemv = [False]
 
@@ -252,22 +263,22 @@ def bnb_nf4(shape: Shape, setting: Setting) -> Ready:
     def prepare(x: Tensor) -> None:
         gemv[0] = False
         if len(x) == 1:
-            slow = timing.graph([lambda run=run: run(x) for run in runs])
+            slow = timing.graph([partial(run, x) for run in runs])
             gemv[0] = True
-            gemv[0] = timing.graph([lambda run=run: run(x) for run in runs]) < slow
+            gemv[0] = timing.graph([partial(run, x) for run in runs]) < slow
 
-    return Ready(runs, lambda x: x.float() @ whole.t(), Input(shape[1], setting), prepare)
+    return Ready(runs, lambda x: x.float() @ whole.t(), _inputs(shape, setting), prepare)
 
 
 def bnb_int8(shape: Shape, setting: Setting) -> Ready:
     """LLM.int8: `Linear8bitLt` with threshold 6 and 8 columns above it. It waits for the host, so one copy will do."""
-    import bitsandbytes
-
-    weight = _normal(shape, setting, torch.float16)
+    bitsandbytes: Any = import_module("bitsandbytes")
+    half = replace(setting, dtype=torch.float16)
+    weight = half.normal(*shape, std=_STD)
     layer = bitsandbytes.nn.Linear8bitLt(shape[1], shape[0], bias=False, has_fp16_weights=False, threshold=6.0)
     layer.weight = bitsandbytes.nn.Int8Params(weight.cpu(), requires_grad=False, has_fp16_weights=False)
     layer = layer.to(setting.device).eval()
-    whole, make = weight.float(), Input(shape[1], Setting(setting.device, torch.float16))
+    whole, make = weight.float(), _inputs(shape, half)
 
     def planted(tokens: int) -> Tensor:
         x = make(tokens)

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from compress.cuda import tuned
+
 _STAGE = 1024  # bytes to which a stage of wide.cu is rounded up
 _SHARED = 226 * 1024  # bytes of shared memory that wide.cu may ask for on sm_90
 
@@ -59,22 +61,46 @@ class Library:
     """Dequantise, then the library's product."""
 
 
+Way = Narrow | Wide | Library
+_NAMES: dict[str, type[Way]] = {"narrow": Narrow, "wide": Wide, "library": Library}
+
+#: kinds of ops.py whose weights cost more to make than a block of wide.cu can hide
+_SLOW_TO_MAKE = (2, 3)
+
+
 @functools.cache
-def _hopper(device: int) -> tuple[bool, int]:
-    """Whether it has wgmma, and how many multiprocessors."""
+def _card(device: int) -> tuple[bool, int, str]:
+    """Whether it has wgmma, how many multiprocessors, and its name."""
     found = torch.cuda.get_device_properties(device)
-    return (found.major, found.minor) == (9, 0), found.multi_processor_count
+    return (found.major, found.minor) == (9, 0), found.multi_processor_count, found.name
 
 
 @functools.lru_cache(4096)
-def choose(
-    kind: int, bits: int, tokens: int, rows: int, columns: int, device: int, outliers: bool
-) -> Narrow | Wide | Library:
-    """How to multiply `tokens` inputs by a layer."""
-    hopper, processors = _hopper(device)
-    if tokens <= (16 if hopper and not outliers else 64 if not outliers else 16):
+def choose(kind: int, bits: int, tokens: int, rows: int, columns: int, device: int, outliers: bool) -> Way:
+    """How to multiply `tokens` inputs by a layer.
+
+    Args:
+        kind, bits: as in ops.Layer.
+        tokens: 1 or more.
+        rows, columns: out_features, in_features.
+        device: CUDA's index.
+        outliers: single weights are corrected, which narrow.cu alone does on the way.
+    """
+    hopper, processors, name = _card(device)
+    known = tuned.nearest(tuned.load(name), kind, bits, tokens, rows, columns)
+    if known is not None:
+        return _NAMES[str(known[0])](*map(int, known[1:]))
+    return rule(kind, bits, tokens, rows, columns, hopper, processors, outliers)
+
+
+def rule(
+    kind: int, bits: int, tokens: int, rows: int, columns: int, hopper: bool, processors: int, outliers: bool
+) -> Way:
+    """What is done where nothing similar was measured."""
+    few = 8 if hopper and kind not in _SLOW_TO_MAKE else 16
+    if tokens <= few or (tokens <= 16 and rows <= 4096) or (tokens <= 64 and not hopper and not outliers):
         return narrow(kind, bits, tokens, rows, columns, processors)
-    if hopper and not outliers:
+    if hopper and not outliers and kind not in _SLOW_TO_MAKE:
         return wide(kind, bits, tokens, rows, columns, processors)
     return Library()
 
@@ -83,22 +109,25 @@ def narrow(kind: int, bits: int, tokens: int, rows: int, columns: int, processor
     """The rule for few tokens."""
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     tiles, chunks = -(-rows // 16), -(-columns // 128)
-    row_tiles = 2 if kind == 0 and token_tiles > 1 and tiles >= 2 * processors else 1
-    warps = 8 if chunks >= 8 else 4
-    if chunks > 64 and row_tiles == 1 and token_tiles == 1:
-        warps = 16
-    depth = 4 if bits < 8 and kind == 0 and token_tiles * row_tiles == 1 else 2
-    return Narrow(token_tiles, row_tiles, warps, depth)
+    row_tiles = 2 if tiles >= processors and token_tiles <= 4 else 1
+    warps = 4 if chunks < 8 else 16 if chunks > 64 and token_tiles == 1 else 8
+    if token_tiles > 2:
+        return Narrow(token_tiles, 1 if token_tiles == 8 else row_tiles, 8 if chunks >= 8 else 4, 1)
+    return Narrow(token_tiles, row_tiles, warps, 2 if token_tiles * row_tiles > 2 or bits == 8 or kind != 0 else 3)
 
 
 def wide(kind: int, bits: int, tokens: int, rows: int, columns: int, processors: int) -> Wide:
     """The rule for many tokens on Hopper: blocks enough for the device, split by columns where rows are too few."""
-    size = 32 if tokens <= 32 else 64 if tokens <= 64 else 128 if tokens <= 128 else 256
-    row_blocks = -(-rows // 128)
+    size = next((s for s in (16, 32, 64, 128) if tokens <= s), 256)
+    blocks = -(-rows // 128) * -(-tokens // size)
     split = 1
-    while split < 8 and row_blocks * -(-tokens // size) * split * 2 <= processors + 8 and columns // (128 * split) >= 8:
+    while split < 4 and blocks * split * 2 <= processors and columns >= 1024 * split:
         split *= 2
-    return fit(kind, bits, Wide(size, 6, split))
+    if size > 64:
+        return fit(kind, bits, Wide(size, 6, split))
+    if blocks * split > 1.25 * processors:
+        return fit(kind, bits, Wide(size, 4, split, blocks=2))
+    return fit(kind, bits, Wide(size, 6, split, phases=2))
 
 
 def fit(kind: int, bits: int, way: Wide) -> Wide:

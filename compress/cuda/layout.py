@@ -1,7 +1,8 @@
 """Fragment order: the layout that all kernels read, made once when a layer is loaded, and undone exactly.
 
-kernels/README.md draws it. Rows are filled up to tiles of 16 and bands of 4 tiles, columns to chunks of 128. In a chunk each of the 32 lanes
-of a warp owns 32 pairs of codes; its words come in pieces of 16 bytes (3 bits: one of 16 and one of 8), lane by lane.
+kernels/README.md draws it. Rows are filled up to tiles of 16 and bands of 4 tiles, columns to chunks of 128. In a chunk
+each of the 32 lanes of a warp owns 32 pairs of codes; its words come in pieces of 16 bytes (3 bits: one of 16 and one
+of 8), lane by lane.
 """
 
 from __future__ import annotations

@@ -158,7 +158,7 @@ def narrow(x: Tensor, layer: Layer, out: Tensor, way: choice.Narrow) -> None:
     launch(
         function(kernel, x.device.index),
         grid,
-        (32 * way.warps,),
+        (32 * (way.warps + (4 if outliers else 0)),),
         (
             *layer.weight, layer.outlier_rows, layer.outlier_columns, layer.outlier_steps,
             x, out, tokens, layer.rows, columns, layer.chunks, layer.shift,

@@ -34,8 +34,8 @@ from compress.types import Packed, Storage
 TWO_OF_FOUR = Pattern(2, 4)
 FOURS = 64  # groups of four columns in a row of a chunk
 PLACES = 128  # words of a chunk that say where codes belong
-_ROWS = layout.BAND * layout.TILE
-_BANDS_AT_ONCE = 16  # bounds the 64-bit temporaries
+_BAND_ROWS = layout.BAND * layout.TILE
+_ROWS_AT_ONCE = 16 * _BAND_ROWS  # bounds the 64-bit temporaries
 MOST_TOKENS = 64  # that the kernel takes; for more the weight is dequantised
 _PITCH = 16 * FOURS // 2 + 16  # bytes of a token's part of a chunk in shared memory, as in sparse.cu
 _DENSE_PITCH = 16 * FOURS // 2 + 32
@@ -73,16 +73,20 @@ def pack(codes: Tensor, mask: Tensor, bits: int) -> Tensor:
     Returns:
         int32 [bands, chunks, tiles of a band, 64 * bits + PLACES].
     """
+    both = zip(torch.split(codes, _ROWS_AT_ONCE), torch.split(mask, _ROWS_AT_ONCE), strict=True)
+    return torch.cat([_pack(c, m, bits) for c, m in both])
+
+
+def _pack(codes: Tensor, mask: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
-    kept = layout.pack(codes[mask].reshape(rows, columns // 2), bits)
+    kept = layout.pack(_kept(codes, mask), bits)
     bands, chunks = kept.shape[:2]
     fours = bitpack.unpack(pack_mask(mask, TWO_OF_FOUR), 4, columns // 4)
-    filled = (0, chunks * FOURS - columns // 4, 0, bands * _ROWS - rows)
+    filled = (0, chunks * FOURS - columns // 4, 0, bands * _BAND_ROWS - rows)
     fours = F.pad(fours, filled, value=0b0100)  # two positions that are not the same
     fours = fours.reshape(bands, layout.BAND, layout.TILE, chunks, FOURS).permute(0, 3, 1, 2, 4).flatten(3)
-    order = _places(codes.device)
-    places = [_words(torch.unflatten(part[..., order], -1, (PLACES, 8))) for part in torch.split(fours, _BANDS_AT_ONCE)]
-    return torch.cat([kept, torch.cat(places)], -1)
+    places = _words(torch.unflatten(fours[..., _places(codes.device)], -1, (PLACES, 8)))
+    return torch.cat([kept, places], -1)
 
 
 def _words(nibbles: Tensor) -> Tensor:
@@ -93,14 +97,34 @@ def _words(nibbles: Tensor) -> Tensor:
 
 def unpack(packed: Tensor, bits: int, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """uint8 [rows, columns / 2] and bool [rows, columns]: the kept codes and the mask that `pack` was given."""
+    parts = torch.split(packed, _ROWS_AT_ONCE // _BAND_ROWS)
+    kept, mask = zip(*(_unpack(part, bits, columns) for part in parts), strict=True)
+    return torch.cat(kept)[:rows], torch.cat(mask)[:rows]
+
+
+def _unpack(packed: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor]:
+    rows = len(packed) * _BAND_ROWS
     kept = layout.unpack(packed[..., :-PLACES], bits, rows, columns // 2)
     words = packed[..., -PLACES:]
     nibbles = torch.stack([words >> 4 * j & 15 for j in range(8)], -1).to(torch.uint8).flatten(3)
     fours = torch.empty_like(nibbles)
     fours[..., _places(packed.device)] = nibbles
-    fours = torch.unflatten(fours, -1, (layout.TILE, FOURS)).permute(0, 2, 3, 1, 4).flatten(3).flatten(0, 2)
-    mask = bitpack.pack(fours[:rows, : columns // 4].contiguous(), 4)
+    fours = torch.unflatten(fours, -1, (layout.TILE, FOURS)).permute(0, 2, 3, 1, 4).reshape(rows, -1)
+    mask = bitpack.pack(fours[:, : columns // 4].contiguous(), 4)
     return kept, unpack_mask(mask, TWO_OF_FOUR, columns)
+
+
+def _kept(values: Tensor, mask: Tensor) -> Tensor:
+    """[rows, columns / 2], a few rows at a time: indices take 64 bits."""
+    runs = zip(torch.split(values, _ROWS_AT_ONCE), torch.split(mask, _ROWS_AT_ONCE), strict=True)
+    return torch.cat([v[m].reshape(len(v), -1) for v, m in runs])
+
+
+def _spread(kept: Tensor, mask: Tensor, into: Tensor) -> None:
+    """Inverse of `_kept`: into[mask] = kept."""
+    runs = (torch.split(t, _ROWS_AT_ONCE) for t in (kept, mask, into))
+    for k, m, part in zip(*runs, strict=True):
+        part[m] = k.flatten()
 
 
 # --- uniform grids ---------------------------------------------------------------------------------------------------
@@ -174,7 +198,7 @@ class PrunedGrid:
         grid = UniformGrid(codes, scales, zeros, self.bits, -1 if size == -1 else 2 * size)
         if zeros is not None:
             codes.copy_(zeros[:, grid.column_groups()])
-        codes[mask] = kept.flatten()
+        _spread(kept, mask, codes)
         return Sparse(mask, grid, TWO_OF_FOUR)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -201,7 +225,7 @@ def choose(tokens: int, rows: int, columns: int, processors: int, shared: int) -
     """The rule for the shape of a launch of `sparse`; `shared`: bytes of shared memory that a block can have."""
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     tiles, chunks = layout.tiles(rows), -(-columns // (4 * FOURS))
-    row_tiles = 2 if tokens > 2 and tiles >= 2 * processors else 1  # rows of a block read the inputs together
+    row_tiles = 2 if tokens > 2 and tiles >= processors else 1  # the rows of a block read the inputs together
     warps = 8 if chunks >= 8 else 4
     ways = [Narrow(token_tiles, row_tiles, w, d) for w, d in ((warps, 2), (warps, 1), (4, 1), (2, 1))]
     ways.append(Narrow(min(token_tiles, 4), row_tiles, 2, 1))
@@ -350,13 +374,14 @@ class PrunedValues:
         if not compressible(values):
             return cls(values, mask, None, False, rows, columns)
         weight = torch._cslt_compress(values.contiguous())
-        kept = values[packed.mask].reshape(rows, columns // 2)
+        kept = _kept(values, packed.mask)
         listed = torch.equal(_first(weight, rows, columns).view(torch.int16), kept.view(torch.int16))  # bit for bit
         return cls(weight, mask, None if listed else kept, True, rows, columns)
 
     def linear(self, x: Tensor) -> Tensor:
         if x.dtype != self.weight.dtype:
-            return F.linear(x, self.restore().inner.dequantize().to(x.dtype))
+            dense = self.restore().inner.dequantize() if self.compressed else self.weight
+            return F.linear(x, dense.to(x.dtype))
         out: Tensor = torch.ops.compress.pruned_linear(x, self.weight, self.compressed, self.rows)
         return out
 
@@ -366,7 +391,7 @@ class PrunedValues:
             return Sparse(mask, Dense(self.weight), TWO_OF_FOUR)
         kept = _first(self.weight, self.rows, self.columns) if self.kept is None else self.kept
         values = torch.zeros_like(mask, dtype=kept.dtype)
-        values[mask] = kept.flatten()
+        _spread(kept, mask, values)
         return Sparse(mask, Dense(values), TWO_OF_FOUR)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -406,7 +431,8 @@ def _pruned_linear_cuda(x: Tensor, weight: Tensor, compressed: bool, rows: int) 
     flat = x.reshape(-1, x.shape[-1])
     if not len(flat):
         return x.new_empty(*x.shape[:-1], rows)
-    padded = F.pad(flat, (0, 0, 0, -len(flat) % 8)).contiguous()
+    fill = -len(flat) % 8
+    padded = (F.pad(flat, (0, 0, 0, fill)) if fill else flat).contiguous()
     found = _algorithm(weight, padded, rows)
     out = torch._cslt_sparse_mm(weight, padded.t(), transpose_result=True, alg_id=found)  # [tokens, rows]
     return out[: len(flat)].reshape(*x.shape[:-1], rows)

@@ -100,7 +100,8 @@ def save(device: str, capability: tuple[int, int], sms: int, date: str, entries:
         file.parent.mkdir(parents=True, exist_ok=True)
         write_text(file, _text(head, [every[case] for case in sorted(every)]))
     except OSError as error:
-        raise CompressError(f"{error.strerror}", str(file), "set COMPRESS_CACHE to a folder that can be written") from error
+        remedy = "set COMPRESS_CACHE to a folder that can be written"
+        raise CompressError(error.strerror or str(error), str(file), remedy) from error
     forget()
     return file
 
@@ -113,27 +114,22 @@ def user_file(device: str) -> Path:
     return cache_folder() / f"tuned-{name}.json"
 
 
-def nearest(
-    entries: Sequence[Entry], kind: int, bits: int, tokens: int, rows: int, columns: int
-) -> Way | None:
+def nearest(entries: Sequence[Entry], kind: int, bits: int, tokens: int, rows: int, columns: int) -> Way | None:
     """The way that was fastest for the most similar case, or None where nothing similar was measured.
 
-    Of the entries of this kind and these bits: those with the next larger number of tokens (below `TOKENS_APART` times
-    as many), then the nearest shape, by the ratios of rows and columns, of which neither is beyond `SHAPES_APART`. Of
-    equals the first.
+    Of the entries of this kind and these bits whose rows and columns are within a factor of `SHAPES_APART`: those with
+    the next larger number of tokens, up to `TOKENS_APART` times as many; of these the nearest shape; of equals the
+    first.
     """
-    mine = [e for e in entries if (e.kind, e.bits) == (kind, bits) and tokens <= e.tokens < TOKENS_APART * tokens]
-    if tokens < 1 or not mine:
-        return None
-    bucket = min(e.tokens for e in mine)
-    apart = [(_apart(e, rows, columns), e) for e in mine if e.tokens == bucket]
-    near = [(sum(d * d for d in distance), e) for distance, e in apart if max(distance) <= math.log2(SHAPES_APART)]
-    return min(near, key=lambda pair: pair[0])[1].way if near else None
-
-
-def _apart(entry: Entry, rows: int, columns: int) -> tuple[float, float]:
-    """In powers of two."""
-    return abs(math.log2(entry.rows / max(rows, 1))), abs(math.log2(entry.columns / max(columns, 1)))
+    found: tuple[tuple[int, float], Way] | None = None
+    for e in entries:
+        if (e.kind, e.bits) != (kind, bits) or not 0 < tokens <= e.tokens <= TOKENS_APART * tokens:
+            continue
+        apart = abs(math.log2(e.rows / max(rows, 1))), abs(math.log2(e.columns / max(columns, 1)))
+        rank = e.tokens, sum(x * x for x in apart)
+        if max(apart) <= math.log2(SHAPES_APART) and (found is None or rank < found[0]):
+            found = rank, e.way
+    return None if found is None else found[1]
 
 
 def _entries(file: Path, device: str) -> list[Entry]:
@@ -162,6 +158,6 @@ def _entry(found: dict[str, Any]) -> Entry:
 
 def _text(head: dict[str, Any], entries: Sequence[Entry]) -> str:
     """JSON with an entry a line, so that a change can be read."""
-    lines = [json.dumps({**asdict(e), "us": round(e.us, 2)}) for e in entries]
-    inside = ",\n    ".join(lines)
-    return json.dumps(head, indent=2)[: -len("\n}")] + ',\n  "entries": [' + (f"\n    {inside}\n  " if lines else "") + "]\n}\n"
+    lines = ",\n    ".join(json.dumps({**asdict(e), "us": round(e.us, 2)}) for e in entries)
+    start = json.dumps(head, indent=2).removesuffix("\n}")
+    return f'{start},\n  "entries": [\n    {lines}\n  ]\n}}\n'

@@ -6,6 +6,7 @@ from torch import Tensor
 
 from compress import fast, tables
 from compress.cuda import choice, kinds, layout, ops
+from compress.linear import PackedLinear
 from compress.packed.affine import Affine
 from compress.packed.bilevel import BiLevel, Statistic
 from compress.packed.blockwise import fit
@@ -268,6 +269,27 @@ def test_capture_streams_strides_and_repetition(tokens):
         aside = made.linear(x)
     side.synchronize()
     assert torch.equal(aside, out)
+
+
+@GPU
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["uniform4-128", "order", "pruned", "nf4 nested", "book3", "spqr"])
+def test_packed_linear_takes_the_kernel_and_gives_everything_back(name):
+    torch.manual_seed(0)
+    packed = layers(torch.float16)[name]
+    module = PackedLinear.of(packed, bias=torch.randn(packed.shape[0]).half()).cuda()
+    stored = {n: t.cpu() for n, t in module.state_dict().items()}
+    x = torch.randn(2, 5, packed.shape[1], device="cuda").half()
+    got = module(x)
+    assert module._kernel is not None
+    assert "Grid" in repr(module) or "Table" in repr(module) or "Book" in repr(module) or "TwoLevel" in repr(module)
+    close(got - module.bias, x, packed.dequantize().cuda())
+    again = module.state_dict()
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[n].cpu(), t) for n, t in stored.items())
+    equal(moved(module.packed(), torch.device("cpu")), packed)
+    assert torch.equal(module.cpu().dense(torch.float16), packed.dequantize())
+    assert module._kernel is None
 
 
 @GPU

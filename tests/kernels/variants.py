@@ -65,3 +65,17 @@ VARIANTS: dict[str, list[Variant]] = {
         of("dequantize.cu", **NF4),
     ],
 }
+
+BASE["sparse.cu"] = {"BITS": 4, "T": "Half", "SCALE": "Half", "GROUPS": 2, "WARPS": 8}
+PRODUCT: Macros = {"NT": 1, "RT": 1, "DEPTH": 2, "FEW": 0}  # without it the file is dequantize_sparse
+VARIANTS["sparse.cu"] = [
+    of("sparse.cu", ALL, **PRODUCT),
+    of("sparse.cu", **{**PRODUCT, "FEW": 1}),
+    of("sparse.cu", **{**PRODUCT, "RT": 2}),
+    of("sparse.cu", **PRODUCT, **BF16, BITS=8, GROUPS=8, OFFSET=1),
+    of("sparse.cu", **PRODUCT, BITS=3, OFFSET=1),
+    of("sparse.cu", **{**PRODUCT, "NT": 2, "RT": 2}),
+    of("sparse.cu", **{**PRODUCT, "NT": 8, "RT": 2, "DEPTH": 1, "WARPS": 4}),
+    of("sparse.cu", kernel="dequantize_sparse", WARPS=4),
+    of("sparse.cu", kernel="dequantize_sparse", **BF16, BITS=3, OFFSET=1, WARPS=4),
+]

@@ -1,0 +1,301 @@
+"""Greedy decoding, end to end: tokens a second of a Llama-2-7B-shaped transformers model, its linear layers packed.
+
+Weights are random and packed as they are drawn: there is no quantisation run, and no model to download. A step (the
+model on a static cache, argmax, the positions moved on) is captured in a CUDA graph and replayed, so that neither
+Python nor launches count.
+"""
+
+from __future__ import annotations
+
+import gc
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.bench import record
+from compress.bench.cases import CASES
+from compress.bench.layers import Setting, Subject
+from compress.errors import CompressError
+
+DENSE = "dense"
+_DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16}
+_STD = 0.02
+_RUNS = 3
+
+Told = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Model:
+    """Sizes of a Llama; those of Llama-2-7B."""
+
+    layers: int = 32
+    hidden: int = 4096
+    intermediate: int = 11008
+    heads: int = 32
+    vocabulary: int = 32000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured.
+
+    Attributes:
+        methods: "dense", or of `CASES`.
+        batches: sequences at once.
+        model: its sizes.
+        device: CUDA's index.
+        dtype: of what is not packed: "float16" or "bfloat16".
+        prompt, steps: tokens before the clock runs, and while it does.
+    """
+
+    methods: tuple[str, ...]
+    batches: tuple[int, ...] = (1, 16)
+    model: Model = Model()
+    device: int = 0
+    dtype: str = "float16"
+    prompt: int = 16
+    steps: int = 128
+
+    @property
+    def setting(self) -> Setting:
+        return Setting(f"cuda:{self.device}", _DTYPES[self.dtype], std=_STD)
+
+
+class Packed(nn.Module):
+    """A linear layer that computes by a kernel."""
+
+    def __init__(self, subject: Subject) -> None:
+        super().__init__()
+        self.subject = subject
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.subject.linear(x)
+
+
+def build(model: Model, method: str, setting: Setting) -> Any:
+    """A causal language model on the device, made layer by layer: what is packed never exists in 16 bits.
+
+    Args:
+        model: its sizes.
+        method: "dense", or of `CASES`: the linear layers of the blocks.
+        setting: device and dtype.
+    """
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=model.hidden,
+        intermediate_size=model.intermediate,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.heads,
+        vocab_size=model.vocabulary,
+        tie_word_embeddings=False,
+    )
+    with torch.device("meta"):
+        made = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=setting.dtype)
+    made.model.rotary_emb = type(made.model.rotary_emb)(config=config).to(setting.device)  # it has no parameters
+    if method != DENSE:
+        for block in made.model.layers:
+            _pack(block, method, setting)
+    for module in made.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            module.register_parameter(name, nn.Parameter(_drawn(parameter, setting), requires_grad=False))
+    left = [name for name, part in (*made.named_parameters(), *made.named_buffers()) if part.is_meta]
+    assert not left, f"not filled: {left}"
+    return made.eval()
+
+
+def _pack(block: nn.Module, method: str, setting: Setting) -> None:
+    for name, module in list(block.named_modules()):
+        if isinstance(module, nn.Linear):
+            parent, _, last = name.rpartition(".")
+            subject = CASES[method].build((module.out_features, module.in_features), setting).subject
+            setattr(block.get_submodule(parent), last, Packed(subject))
+
+
+def _drawn(parameter: Tensor, setting: Setting) -> Tensor:
+    """Norms are ones, matrices random."""
+    if parameter.dim() == 1:
+        return torch.ones(parameter.shape, dtype=setting.dtype, device=setting.device)
+    return setting.normal(*parameter.shape, std=_STD)
+
+
+def weights(model: Any) -> tuple[int, int]:
+    """Bytes of all weights, and of those that a step reads: all but the embeddings, of which it reads a row."""
+    packed = [p for m in model.modules() if isinstance(m, Packed) for p in m.subject.tensors().values()]
+    total = sum(p.nbytes for p in (*model.parameters(), *packed))
+    return total, total - model.get_input_embeddings().weight.nbytes
+
+
+class Decoder:
+    """Greedy decoding on a static cache: everything that a step reads and writes stays where it is.
+
+    Args:
+        model: from `build`.
+        batch: sequences.
+        length: tokens that the cache holds, prompt included.
+    """
+
+    def __init__(self, model: Any, batch: int, length: int) -> None:
+        from transformers import StaticCache
+
+        device = model.get_input_embeddings().weight.device
+        self.model, self.length = model, length
+        self.cache = StaticCache(config=model.config, max_cache_len=length)
+        self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
+        self.position = torch.zeros(1, dtype=torch.long, device=device)
+        self.history = torch.zeros(batch, length, dtype=torch.long, device=device)
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+        self.places = torch.arange(length, device=device)
+
+    def prefill(self, prompt: Tensor) -> None:
+        """Read a prompt [batch, tokens] and choose the first token."""
+        self._forward(prompt, torch.arange(prompt.shape[1], device=prompt.device))
+        self.position.fill_(prompt.shape[1])
+
+    def step(self) -> None:
+        """Read the last token and choose the next: with nothing that waits for the host, so that it can be captured."""
+        self._forward(self.token, self.position)
+        self.position.add_(1)
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> None:
+        """`positions` of the tokens; the choice goes to `token`, and to `history` behind the last of them."""
+        mask = (self.places <= positions[:, None])[None, None].expand(len(tokens), 1, -1, -1)
+        out = self.model(
+            input_ids=tokens,
+            attention_mask=mask,  # as the model would make it; one with four dimensions is taken as it is
+            position_ids=positions[None],
+            past_key_values=self.cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits = out.logits[:, -1]
+        self.finite.logical_and_(logits.isfinite().all())
+        self.token.copy_(logits.argmax(-1, keepdim=True))
+        self.history.index_copy_(1, positions[-1:] + 1, self.token)
+
+    def rewind(self, first: Tensor, position: int) -> None:
+        """Back to where `first` [batch, 1] is the token to be read at `position`. What the cache holds behind it is
+        masked until it is written again."""
+        self.token.copy_(first)
+        self.position.fill_(position)
+        for layer in self.cache.layers:
+            layer.cumulative_length.fill_(position)
+
+
+def run(plan: Plan, told: Told) -> dict[str, Any]:
+    """The report, ready for JSON.
+
+    Args:
+        plan: what to measure.
+        told: is called with a line before something that takes long.
+    """
+    rows: list[dict[str, Any]] = []
+    with torch.cuda.device(plan.device), torch.no_grad():
+        report = record.head(plan.device)
+        for method in plan.methods:
+            told(f"{method}: building {plan.model.layers} layers")
+            rows += _method(plan, method, told)
+    sizes = vars(plan.model) | {"parameters": parameters(plan.model)}
+    return report | {
+        "kind": "decode",
+        "setting": {"dtype": plan.dtype, "prompt": plan.prompt, "steps": plan.steps},
+        "model": sizes,
+        "rows": rows,
+        "failed": sum(bool(r["failed"]) for r in rows),
+        "missing": len(plan.methods) * len(plan.batches) - len(rows),
+    }
+
+
+def parameters(model: Model) -> int:
+    """How many the dense model has."""
+    block = 4 * model.hidden**2 + 3 * model.hidden * model.intermediate + 2 * model.hidden
+    return model.layers * block + 2 * model.vocabulary * model.hidden + model.hidden
+
+
+def _method(plan: Plan, method: str, told: Told) -> list[dict[str, Any]]:
+    """A row for each batch."""
+    gc.collect()  # the model before
+    torch.cuda.empty_cache()
+    rows: list[dict[str, Any]] = []
+    try:
+        model = build(plan.model, method, plan.setting)
+        size, read = weights(model)
+    except (CompressError, RuntimeError) as error:  # torch.OutOfMemoryError is one
+        return [{"method": method, "batch": batch, "failed": _reason(error)} for batch in plan.batches]
+    for batch in plan.batches:
+        row: dict[str, Any] = {"method": method, "batch": batch, "failed": "", "weight_bytes": size}
+        rows.append(row)
+        torch.cuda.reset_peak_memory_stats()
+        try:
+            ms = _time(plan, model, batch)
+        except (CompressError, RuntimeError) as error:
+            row["failed"] = _reason(error)
+            continue
+        row |= {
+            "ms": round(ms, 4), "tokens_per_second": round(1e3 * batch / ms, 2), "gbps": round(read / ms / 1e6, 1),
+            "peak_bytes": torch.cuda.max_memory_allocated(),
+        }  # fmt: skip
+        told(f"{method}: batch {batch}: {row['tokens_per_second']} tokens/s")
+    return rows
+
+
+def _time(plan: Plan, model: Any, batch: int) -> float:
+    """Milliseconds of a step; raises CompressError where two runs give different tokens, or no finite numbers."""
+    decoder = Decoder(model, batch, -(-(plan.prompt + plan.steps + 1) // 16) * 16)
+    prompt = torch.randint(0, plan.model.vocabulary, (batch, plan.prompt), device=decoder.token.device)
+    decoder.prefill(prompt)
+    first = decoder.token.clone()
+    step = _captured(decoder, first, plan.prompt)
+    times, told = [], []
+    for _ in range(_RUNS):
+        decoder.rewind(first, plan.prompt)
+        decoder.history.zero_()
+        times.append(_replay(step, plan.steps))
+        told.append(decoder.history.clone())
+    if not bool(decoder.finite):
+        raise CompressError("logits are not finite")
+    if not all(torch.equal(told[0], other) for other in told[1:]):
+        share = float((told[0] != told[-1]).float().mean())
+        raise CompressError(f"two runs from one state differ in {share:.1%} of the tokens")
+    return statistics.median(times) / plan.steps
+
+
+def _captured(decoder: Decoder, first: Tensor, position: int) -> torch.cuda.CUDAGraph:
+    """One step as a graph. It runs twice before: kernels are compiled and libraries make their plans."""
+    aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            decoder.rewind(first, position)
+            decoder.step()
+    torch.cuda.current_stream().wait_stream(aside)
+    decoder.rewind(first, position)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        decoder.step()
+    return graph
+
+
+def _replay(graph: torch.cuda.CUDAGraph, steps: int) -> float:
+    """Milliseconds of so many."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+    torch.cuda.synchronize()
+    begin.record()
+    for _ in range(steps):
+        graph.replay()
+    end.record()
+    end.synchronize()
+    return float(begin.elapsed_time(end))
+
+
+def _reason(error: Exception) -> str:
+    """One line."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return "out of memory"
+    return " ".join(str(error).split())[:300]
