@@ -14,6 +14,31 @@ constexpr int COPIES = TOKENS / 4;         // by a lane
 constexpr int OUTPUTS = (ROWS * TOKENS + WARPS * 32 - 1) / (WARPS * 32);  // that a thread writes at the end
 static_assert(ROWS <= WARPS * 32 && TOKENS <= WARPS * 32, "a thread has a row's scale and a token's");
 
+// Add up what the warps have, through the inputs' place: a thread's outputs.
+template <class Number>
+DEVICE void collect(Number* place, const Number (&parts)[RT][NT][4], Number* totals, int warp, int count) {
+    const int lane = threadIdx.x % 32;
+    __syncthreads();  // nobody uses the place
+#pragma unroll
+    for (int r = 0; r < RT; r++)
+#pragma unroll
+        for (int n = 0; n < NT; n++)
+#pragma unroll
+            for (int e = 0; e < 4; e++)
+                place[(warp * ROWS + r * TILE + lane / 4 + e / 2 * 8) * PITCH_SUM + n * 8 + lane % 4 * 2 + e % 2] =
+                    parts[r][n][e];
+    __syncthreads();
+#pragma unroll
+    for (int o = 0; o < OUTPUTS; o++) {
+        const int i = threadIdx.x + o * WARPS * 32, r = i % ROWS, m = i / ROWS;
+        totals[o] = 0;
+        if (m < count) {
+#pragma unroll
+            for (int w = 0; w < WARPS; w++) totals[o] += place[(w * ROWS + r) * PITCH_SUM + m];
+        }
+    }
+}
+
 extern "C" __global__ void __launch_bounds__(WARPS * 32)
     narrow8(const u8* codes, const u8* outliers, const float* scales, const u8* x, const float* x_scales, u16* out,
             int tokens, int rows, int chunks, int outlier_chunks) {
@@ -97,32 +122,10 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     copies_wait<0>();
     if (threadIdx.x < ROWS) row_scale[threadIdx.x] = own_row;
     if (threadIdx.x < TOKENS) token_scale[threadIdx.x] = own_token;
-    // The warps' sums are added up through the inputs' place, first of whole numbers, then of the outliers' floats.
-    auto collect = [&](auto* place, const auto& parts, auto* totals) {
-        __syncthreads();  // nobody uses the place
-#pragma unroll
-        for (int r = 0; r < RT; r++)
-#pragma unroll
-            for (int n = 0; n < NT; n++)
-#pragma unroll
-                for (int e = 0; e < 4; e++)
-                    place[(warp * ROWS + r * TILE + lane / 4 + e / 2 * 8) * PITCH_SUM + n * 8 + lane % 4 * 2 + e % 2] =
-                        parts[r][n][e];
-        __syncthreads();
-#pragma unroll
-        for (int o = 0; o < OUTPUTS; o++) {
-            const int i = threadIdx.x + o * WARPS * 32, r = i % ROWS, m = i / ROWS;
-            totals[o] = 0;
-            if (m < count) {
-#pragma unroll
-                for (int w = 0; w < WARPS; w++) totals[o] += place[(w * ROWS + r) * PITCH_SUM + m];
-            }
-        }
-    };
     int whole_sums[OUTPUTS];
     float float_sums[OUTPUTS] = {};
-    collect((int*)shared, sums, whole_sums);
-    if (OUTLIERS) collect((float*)shared, beside, float_sums);
+    collect((int*)shared, sums, whole_sums, warp, count);
+    if (OUTLIERS) collect((float*)shared, beside, float_sums, warp, count);
 #pragma unroll
     for (int o = 0; o < OUTPUTS; o++) {
         const int i = threadIdx.x + o * WARPS * 32, r = i % ROWS, m = i / ROWS, row = first_tile * TILE + r;

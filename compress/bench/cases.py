@@ -155,7 +155,7 @@ def llm_int8(shape: Shape, setting: Setting, count: int = 8) -> OutlierColumns:
 
 _INTEGERS = "{} bits, groups of 128, a 16-bit scale each"
 _EIGHT = "compress.cuda.eight:EightBit"
-_VALUES, _GRID = "compress.cuda.pruned:PrunedValues", "compress.cuda.pruned:PrunedGrid"
+_VALUES, _GRID = "compress.cuda.cusparselt:PrunedValues", "compress.cuda.pruned:PrunedGrid"
 
 
 def _if_there(module: str, *cases: Case) -> tuple[Case, ...]:

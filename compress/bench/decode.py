@@ -233,7 +233,9 @@ def _method(plan: Plan, method: str, told: Told) -> list[dict[str, Any]]:
         rows.append(row)
         torch.cuda.reset_peak_memory_stats()
         try:
-            ms = _time(plan, model, batch)
+            ms, differing = _time(plan, model, batch)
+            if differing and method != DENSE:
+                raise CompressError(f"two runs from one state differ in {differing:.1%} of the tokens")
         except (CompressError, RuntimeError) as error:
             row["failed"] = _reason(error)
             continue
@@ -241,12 +243,15 @@ def _method(plan: Plan, method: str, told: Told) -> list[dict[str, Any]]:
             "ms": round(ms, 4), "tokens_per_second": round(1e3 * batch / ms, 2), "gbps": round(read / ms / 1e6, 1),
             "peak_bytes": torch.cuda.max_memory_allocated(),
         }  # fmt: skip
+        if differing:  # the library's product for this batch is not the same at every run
+            row["differing_tokens"] = round(differing, 4)
         told(f"{method}: batch {batch}: {row['tokens_per_second']} tokens/s")
     return rows
 
 
-def _time(plan: Plan, model: Any, batch: int) -> float:
-    """Milliseconds of a step; raises CompressError where two runs give different tokens, or no finite numbers."""
+def _time(plan: Plan, model: Any, batch: int) -> tuple[float, float]:
+    """Milliseconds of a step, and the share of tokens that two runs from one state give differently. Raises
+    CompressError for numbers that are not finite."""
     decoder = Decoder(model, batch, -(-(plan.prompt + plan.steps + 1) // 16) * 16)
     prompt = torch.randint(0, plan.model.vocabulary, (batch, plan.prompt), device=decoder.token.device)
     decoder.prefill(prompt)
@@ -260,10 +265,8 @@ def _time(plan: Plan, model: Any, batch: int) -> float:
         told.append(decoder.history.clone())
     if not bool(decoder.finite):
         raise CompressError("logits are not finite")
-    if not all(torch.equal(told[0], other) for other in told[1:]):
-        share = float((told[0] != told[-1]).float().mean())
-        raise CompressError(f"two runs from one state differ in {share:.1%} of the tokens")
-    return statistics.median(times) / plan.steps
+    differing = max(float((told[0] != other).float().mean()) for other in told[1:])
+    return statistics.median(times) / plan.steps, differing
 
 
 def _captured(decoder: Decoder, first: Tensor, position: int) -> torch.cuda.CUDAGraph:

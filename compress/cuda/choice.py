@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 
@@ -88,9 +88,17 @@ def choose(kind: int, bits: int, tokens: int, rows: int, columns: int, device: i
     """
     hopper, processors, name = _card(device)
     known = tuned.nearest(tuned.load(name), kind, bits, tokens, rows, columns)
-    if known is not None:
-        return _NAMES[str(known[0])](*map(int, known[1:]))
+    found = None if known is None else _way(known)
+    if found is not None and not (outliers and isinstance(found, Wide)):
+        return found
     return rule(kind, bits, tokens, rows, columns, hopper, processors, outliers)
+
+
+def _way(written: tuned.Way) -> Way | None:
+    """None for one that an older version wrote."""
+    name, *numbers = written
+    kind = _NAMES.get(str(name))
+    return kind(*map(int, numbers)) if kind is not None and len(fields(kind)) == len(numbers) else None
 
 
 def rule(

@@ -35,6 +35,7 @@ MOST_COLUMNS = 131071  # whose sums are sure to stay within 31 bits
 _BYTES = 128  # a chunk's, of one row or token
 _PITCH = _BYTES + 16  # of a token's chunk in shared memory, as in narrow8.cu
 OUTLIER_CHUNK = _BYTES // 2  # outlier columns of a chunk
+_BAND_ROWS = layout.BAND * layout.TILE
 _ROWS, _THREADS = 128, 384  # of a block of wide8.cu
 _SHARED = 225 * 1024  # bytes of shared memory that blocks of wide8.cu may ask for together, on sm_90
 _NAMES = {torch.float16: "Half", torch.bfloat16: "BFloat"}
@@ -69,14 +70,15 @@ def unpack_outliers(packed: Tensor, rows: int, count: int) -> Tensor:
 
 def _pack(values: Tensor, chunk: int) -> Tensor:
     """[rows, n] -> [bands, chunks, tiles of a band, 16 * chunk] with zeros in what fills up."""
-    padded = F.pad(values, (0, -values.shape[1] % chunk, 0, -values.shape[0] % (layout.BAND * layout.TILE)))
+    padded = F.pad(values, (0, -values.shape[1] % chunk, 0, -values.shape[0] % _BAND_ROWS))
+    bands, chunks = padded.shape[0] // _BAND_ROWS, padded.shape[1] // chunk
     # row 16 tile + 8 hi + g, bytes 128 chunk + 32 s + 16 h + 4 c and on  ->  step s, lane 4 g + c, word 2 h + hi
-    split = padded.reshape(-1, layout.BAND, 2, 8, padded.shape[1] // chunk, 4, 2, 4, chunk // 32)
+    split = padded.reshape(bands, layout.BAND, 2, 8, chunks, 4, 2, 4, chunk // 32)
     return split.permute(0, 4, 1, 5, 3, 7, 6, 2, 8).flatten(3)
 
 
 def _unpack(packed: Tensor, rows: int, width: int) -> Tensor:
-    split = packed.reshape(*packed.shape[:3], 4, 8, 4, 2, 2, -1)
+    split = packed.reshape(*packed.shape[:3], 4, 8, 4, 2, 2, packed.shape[3] // 512)
     padded = split.permute(0, 2, 7, 4, 1, 3, 6, 5, 8).flatten(4).flatten(0, 3)
     return padded[:rows, :width].contiguous()
 
@@ -91,10 +93,10 @@ class EightBit:
     Attributes:
         codes: see `pack`.
         scales: float32 [rows].
-        outlier_columns: int32 [n], ascending; None without any.
+        outlier_columns: int32 [n], ascending; None for a grid alone.
         outlier_weight: see `pack_outliers`.
         rows, columns: of the layer.
-        stored: dtype that the scales have when stored.
+        group_size, stored: of the grid, and the dtype of its scales.
     """
 
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
@@ -105,6 +107,7 @@ class EightBit:
     outlier_weight: Tensor | None
     rows: int
     columns: int = 0
+    group_size: int = -1
     stored: torch.dtype = torch.float32
 
     @staticmethod
@@ -123,19 +126,18 @@ class EightBit:
         grid = packed.inner if isinstance(packed, OutlierColumns) else packed
         assert isinstance(grid, UniformGrid)
         columns, weight = None, None
-        if isinstance(packed, OutlierColumns) and len(packed.columns):
+        if isinstance(packed, OutlierColumns):
             columns, weight = packed.columns, pack_outliers(packed.weight)
-        scales = grid.scales[:, 0].float()
-        return cls(pack(grid.codes), scales, columns, weight, *packed.shape, grid.scales.dtype)
+        codes, scales = pack(grid.codes), grid.scales[:, 0].float()
+        return cls(codes, scales, columns, weight, *packed.shape, grid.group_size, grid.scales.dtype)
 
     def linear(self, x: Tensor) -> Tensor:
         out: Tensor = torch.ops.compress.linear8(x, *self.arguments)
         return out
 
     def restore(self) -> UniformGrid | OutlierColumns:
-        """What `of` was given; a grid alone for outlier columns of which there are none."""
-        codes = unpack(self.codes, self.rows, self.columns)
-        grid = UniformGrid(codes, self.scales[:, None].to(self.stored), None, 8, -1, activations="token")
+        codes, scales = unpack(self.codes, self.rows, self.columns), self.scales[:, None].to(self.stored)
+        grid = UniformGrid(codes, scales, None, 8, self.group_size, activations="token")
         if self.outlier_columns is None or self.outlier_weight is None:
             return grid
         weight = unpack_outliers(self.outlier_weight, self.rows, len(self.outlier_columns))
@@ -216,8 +218,6 @@ def narrow(x: Inputs, layer: EightBit, out: Tensor, way: Narrow) -> None:
     """By narrow8.cu, into out [tokens, rows]."""
     tokens, taken = len(out), 8 * way.token_tiles
     shape = _shape(layer, out.dtype, NT=way.token_tiles, RT=way.row_tiles, WARPS=way.warps, DEPTH=way.depth)
-    inputs = way.warps * way.depth * min(tokens, taken) * _PITCH
-    sums = way.warps * way.row_tiles * layout.TILE * (taken + 1) * 4
     launch_early(
         function(Kernel("narrow8", "narrow8.cu", shape), out.device.index),
         (-(-layout.tiles(layer.rows) // way.row_tiles), -(-tokens // taken)),
@@ -226,9 +226,16 @@ def narrow(x: Inputs, layer: EightBit, out: Tensor, way: Narrow) -> None:
             layer.codes, layer.outliers_in(out.dtype), layer.scales, x.rows, x.scales, out, tokens, layer.rows,
             layer.chunks, layer.outlier_chunks,
         ),
-        max(inputs, sums),
+        narrow_shared(way, tokens),
         out,
     )  # fmt: skip
+
+
+def narrow_shared(way: Narrow, tokens: int) -> int:
+    """Bytes of shared memory of a block of narrow8.cu."""
+    taken = 8 * way.token_tiles
+    inputs = way.warps * way.depth * min(tokens, taken) * _PITCH
+    return max(inputs, way.warps * way.row_tiles * layout.TILE * (taken + 1) * 4)
 
 
 def wide(x: Inputs, layer: EightBit, out: Tensor, way: Wide) -> None:
@@ -304,7 +311,7 @@ def choose_narrow(tokens: int, rows: int, columns: int, processors: int) -> Narr
     """The rule for few tokens."""
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     row_tiles = 2 if token_tiles > 1 and layout.tiles(rows) >= 4 * processors else 1
-    return Narrow(token_tiles, row_tiles, 8 if layout.chunks(columns) >= 8 else 4, 2)
+    return Narrow(token_tiles, row_tiles, 8 if layout.chunks(columns) >= 8 else 4, 1 if token_tiles == 8 else 2)
 
 
 def choose_wide(tokens: int, rows: int, columns: int, processors: int) -> Wide:
@@ -323,6 +330,7 @@ def _linear8_cuda(x: Tensor, *args: Any) -> Tensor:
     layer, columns = EightBit(*args), x.shape[-1]
     if x.dtype not in _NAMES or columns > MOST_COLUMNS:
         return _linear8_plain(x, *args)
+    assert layer.scales.dtype == torch.float32, f"scales in {layer.scales.dtype}"
     flat = x.reshape(-1, columns)
     if columns % 8:
         flat = F.pad(flat, (0, -columns % 8))

@@ -1,8 +1,7 @@
 """Layers of which two of every four weights in a row are kept, on sparse tensor cores.
 
 `PrunedGrid`: on a uniform grid, by kernels/sparse.cu: the operators `compress::sparse_linear` and
-`compress::sparse_dequantize`. `PrunedValues`: with plain values, by cuSPARSELt through torch, or where that is not to
-be had as a dense product: `compress::pruned_linear`. All registered with torch as those of `compress.cuda.ops`.
+`compress::sparse_dequantize`, registered with torch as those of `compress.cuda.ops`. (Plain values: cusparselt.py.)
 
 The layout of `PrunedGrid` is that of `compress.cuda.layout` with only the kept columns counted, and behind the codes of
 a chunk (16 rows, 256 columns, 128 of them kept) 512 bytes that say where they belong: `_places` has their order.
@@ -25,7 +24,6 @@ from compress.cuda.choice import Narrow
 from compress.cuda.compiler import function, launch
 from compress.cuda.source import Kernel
 from compress.cuda.support import probe
-from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse, pack_mask, unpack_mask
 from compress.packed.uniform import UniformGrid
 from compress.solvers.masks import Pattern
@@ -45,7 +43,6 @@ library: Any = torch.library.Library("compress", "FRAGMENT")  # type: ignore[no-
 _GRID = "Tensor codes, Tensor scales, Tensor? zeros, int bits, int groups, int shift, int rows"
 library.define(f"sparse_linear(Tensor x, {_GRID}) -> Tensor")
 library.define(f"sparse_dequantize({_GRID}, int columns, ScalarType dtype) -> Tensor")
-library.define("pruned_linear(Tensor x, Tensor weight, bool compressed, int rows) -> Tensor")
 
 
 # --- layout ----------------------------------------------------------------------------------------------------------
@@ -79,7 +76,7 @@ def pack(codes: Tensor, mask: Tensor, bits: int) -> Tensor:
 
 def _pack(codes: Tensor, mask: Tensor, bits: int) -> Tensor:
     rows, columns = codes.shape
-    kept = layout.pack(_kept(codes, mask), bits)
+    kept = layout.pack(kept_of(codes, mask), bits)
     bands, chunks = kept.shape[:2]
     fours = bitpack.unpack(pack_mask(mask, TWO_OF_FOUR), 4, columns // 4)
     filled = (0, chunks * FOURS - columns // 4, 0, bands * _BAND_ROWS - rows)
@@ -114,14 +111,14 @@ def _unpack(packed: Tensor, bits: int, columns: int) -> tuple[Tensor, Tensor]:
     return kept, unpack_mask(mask, TWO_OF_FOUR, columns)
 
 
-def _kept(values: Tensor, mask: Tensor) -> Tensor:
+def kept_of(values: Tensor, mask: Tensor) -> Tensor:
     """[rows, columns / 2], a few rows at a time: indices take 64 bits."""
     runs = zip(torch.split(values, _ROWS_AT_ONCE), torch.split(mask, _ROWS_AT_ONCE), strict=True)
     return torch.cat([v[m].reshape(len(v), -1) for v, m in runs])
 
 
-def _spread(kept: Tensor, mask: Tensor, into: Tensor) -> None:
-    """Inverse of `_kept`: into[mask] = kept."""
+def spread(kept: Tensor, mask: Tensor, into: Tensor) -> None:
+    """Inverse of `kept_of`: into[mask] = kept."""
     runs = (torch.split(t, _ROWS_AT_ONCE) for t in (kept, mask, into))
     for k, m, part in zip(*runs, strict=True):
         part[m] = k.flatten()
@@ -157,7 +154,7 @@ class PrunedGrid:
     @staticmethod
     def why_not(storage: Storage, shape: tuple[int, int]) -> str | None:
         inner = storage.inner
-        if inner is None or not _two_of_four(storage) or inner.kind != UniformGrid.kind or inner.activations:
+        if inner is None or not two_of_four(storage) or inner.kind != UniformGrid.kind or inner.activations:
             return "not a weight-only uniform grid pruned 2:4"
         if inner.bits not in (2, 3, 4, 8):
             return f"codes of {inner.bits} bits"
@@ -198,7 +195,7 @@ class PrunedGrid:
         grid = UniformGrid(codes, scales, zeros, self.bits, -1 if size == -1 else 2 * size)
         if zeros is not None:
             codes.copy_(zeros[:, grid.column_groups()])
-        _spread(kept, mask, codes)
+        spread(kept, mask, codes)
         return Sparse(mask, grid, TWO_OF_FOUR)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -334,119 +331,10 @@ def _sparse_dequantize_shape(codes: Tensor, *args: Any) -> Tensor:
     return out
 
 
-# --- plain values ----------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class PrunedValues:
-    """2:4 with values as they are, a `compress.fast.Kernel`.
-
-    Attributes:
-        weight: what cuSPARSELt made of it; [rows, columns] where it has no product for that.
-        mask: as stored, int32 [rows, words].
-        kept: [rows, columns / 2], where `weight` is cuSPARSELt's and does not begin with these (as it does, unless a
-            kept weight is 0: then it may list other zeros).
-        compressed: whether `weight` is cuSPARSELt's.
-        rows, columns: of the layer.
-    """
-
-    dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
-
-    weight: Tensor
-    mask: Tensor
-    kept: Tensor | None
-    compressed: bool
-    rows: int
-    columns: int
-
-    @staticmethod
-    def why_not(storage: Storage, shape: tuple[int, int]) -> str | None:
-        inner = storage.inner
-        plain = inner is not None and inner.kind == Dense.kind and _two_of_four(storage)
-        return None if plain else "not plain values pruned 2:4"
-
-    @classmethod
-    def of(cls, packed: Packed) -> Self:
-        assert isinstance(packed, Sparse)
-        assert isinstance(packed.inner, Dense)
-        values, mask = packed.inner.values, pack_mask(packed.mask, TWO_OF_FOUR)
-        rows, columns = values.shape
-        if not compressible(values):
-            return cls(values, mask, None, False, rows, columns)
-        weight = torch._cslt_compress(values.contiguous())
-        kept = _kept(values, packed.mask)
-        listed = torch.equal(_first(weight, rows, columns).view(torch.int16), kept.view(torch.int16))  # bit for bit
-        return cls(weight, mask, None if listed else kept, True, rows, columns)
-
-    def linear(self, x: Tensor) -> Tensor:
-        if x.dtype != self.weight.dtype:
-            dense = self.restore().inner.dequantize() if self.compressed else self.weight
-            return F.linear(x, dense.to(x.dtype))
-        out: Tensor = torch.ops.compress.pruned_linear(x, self.weight, self.compressed, self.rows)
-        return out
-
-    def restore(self) -> Sparse:
-        mask = unpack_mask(self.mask, TWO_OF_FOUR, self.columns)
-        if not self.compressed:
-            return Sparse(mask, Dense(self.weight), TWO_OF_FOUR)
-        kept = _first(self.weight, self.rows, self.columns) if self.kept is None else self.kept
-        values = torch.zeros_like(mask, dtype=kept.dtype)
-        _spread(kept, mask, values)
-        return Sparse(mask, Dense(values), TWO_OF_FOUR)
-
-    def tensors(self) -> dict[str, Tensor]:
-        return _present(weight=self.weight, mask=self.mask, kept=self.kept)
-
-
-def compressible(values: Tensor) -> bool:
-    """Whether cuSPARSELt is there and takes such a weight; its sizes are multiples of 16, as torch has it, too."""
-    fits = values.dtype in PrunedValues.dtypes and values.numel() > 0 and all(n % 16 == 0 for n in values.shape)
-    return fits and values.is_cuda and torch.backends.cusparselt.is_available()
-
-
-def _first(weight: Tensor, rows: int, columns: int) -> Tensor:
-    """[rows, columns / 2]: where cuSPARSELt stores what is kept."""
-    return weight.flatten()[: rows * columns // 2].view(rows, columns // 2)
-
-
-#: cuSPARSELt's algorithm by rows, columns, tokens (rounded up), dtype and device: what it found to be the quickest
-algorithms: dict[tuple[int, int, int, torch.dtype, int], int] = {}
-
-
-def _algorithm(weight: Tensor, x: Tensor, rows: int) -> int:
-    """Searched for the first time (milliseconds), but not while a graph is captured: there an unknown one is the
-    default."""
-    tokens, columns = x.shape
-    key = rows, columns, 1 << (tokens - 1).bit_length(), x.dtype, x.get_device()
-    if key not in algorithms:
-        if torch.cuda.is_current_stream_capturing():
-            return 0
-        algorithms[key] = torch._cslt_sparse_mm_search(weight, x.t(), transpose_result=True)
-    return algorithms[key]
-
-
-def _pruned_linear_cuda(x: Tensor, weight: Tensor, compressed: bool, rows: int) -> Tensor:
-    if not compressed:
-        return F.linear(x, weight)
-    flat = x.reshape(-1, x.shape[-1])
-    if not len(flat):
-        return x.new_empty(*x.shape[:-1], rows)
-    fill = -len(flat) % 8
-    padded = (F.pad(flat, (0, 0, 0, fill)) if fill else flat).contiguous()
-    found = _algorithm(weight, padded, rows)
-    out = torch._cslt_sparse_mm(weight, padded.t(), transpose_result=True, alg_id=found)  # [tokens, rows]
-    return out[: len(flat)].reshape(*x.shape[:-1], rows)
-
-
-def _pruned_linear_plain(x: Tensor, weight: Tensor, compressed: bool, rows: int) -> Tensor:
-    assert not compressed, "cuSPARSELt's form is for CUDA devices"
-    return F.linear(x, weight)
-
-
 # --- what they share -------------------------------------------------------------------------------------------------
 
 
-def _two_of_four(storage: Storage) -> bool:
+def two_of_four(storage: Storage) -> bool:
     return storage.kind == Sparse.kind and Pattern.from_details(storage.details) == TWO_OF_FOUR
 
 
@@ -466,10 +354,7 @@ def _linear_shape(x: Tensor, *args: Any) -> Tensor:
 
 library.impl("sparse_linear", _sparse_linear_cuda, "CUDA")
 library.impl("sparse_dequantize", _sparse_dequantize_cuda, "CUDA")
-library.impl("pruned_linear", _pruned_linear_cuda, "CUDA")
 library.impl("sparse_linear", _sparse_linear_plain, "CPU")
 library.impl("sparse_dequantize", _sparse_dequantize_plain, "CPU")
-library.impl("pruned_linear", _pruned_linear_plain, "CPU")
 torch.library.register_fake("compress::sparse_linear", _linear_shape, lib=library)
 torch.library.register_fake("compress::sparse_dequantize", _sparse_dequantize_shape, lib=library)
-torch.library.register_fake("compress::pruned_linear", _linear_shape, lib=library)

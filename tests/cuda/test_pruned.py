@@ -18,9 +18,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.cuda import cusparselt as cusparselt_module
 from compress.cuda import layout, pruned
 from compress.cuda.choice import Narrow
-from compress.cuda.pruned import TWO_OF_FOUR, PrunedGrid, PrunedValues
+from compress.cuda.cusparselt import PrunedValues
+from compress.cuda.pruned import TWO_OF_FOUR, PrunedGrid
 from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse
 from compress.packed.uniform import UniformGrid
@@ -200,23 +202,22 @@ def cusparselt(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
         seen["dense"] = dense
         return fake_compress(dense)
 
-    def search(weight: Tensor, x: Tensor, transpose_result: bool) -> int:
+    def search(weight: Tensor, x: Tensor) -> int:
         seen["searched"].append(tuple(x.shape))
         return 7
 
-    def product(weight: Tensor, x: Tensor, transpose_result: bool, alg_id: int) -> Tensor:
-        assert transpose_result
+    def product(weight: Tensor, x: Tensor, alg_id: int) -> Tensor:
         assert not x.is_contiguous()
         assert x.shape[1] % 8 == 0
         seen["run"].append(alg_id)
-        return (seen["dense"] @ x).t().contiguous()
+        return seen["dense"] @ x
 
     monkeypatch.setattr(torch, "_cslt_compress", compress)
     monkeypatch.setattr(torch, "_cslt_sparse_mm_search", search)
     monkeypatch.setattr(torch, "_cslt_sparse_mm", product)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: seen["capturing"])
-    monkeypatch.setattr(pruned, "compressible", lambda values: True)
-    monkeypatch.setattr(pruned, "algorithms", {})
+    monkeypatch.setattr(cusparselt_module, "compressible", lambda values: True)
+    monkeypatch.setattr(cusparselt_module, "algorithms", {})
     return seen
 
 
@@ -254,7 +255,7 @@ def test_kept_values_come_back_from_cusparselt(
 def test_algorithms_are_searched_for_once(cusparselt: dict[str, Any]) -> None:
     packed = values(32, 64, torch.float32)
     made = PrunedValues.of(packed)
-    run = pruned._pruned_linear_cuda
+    run = cusparselt_module._pruned_linear_cuda
     cusparselt["capturing"] = True
     for tokens, expected in ((3, 0), (5, 0)):
         run(torch.randn(tokens, 64), made.weight, True, 32)
@@ -462,7 +463,7 @@ def test_plain_values_with_zeros_among_the_kept_on_a_gpu() -> None:
 @pytest.mark.skipif(not torch.backends.cusparselt.is_available(), reason="torch has no cuSPARSELt")
 @pytest.mark.parametrize("searched", [True, False])
 def test_plain_values_in_a_graph_on_a_gpu(searched: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pruned, "algorithms", {})
+    monkeypatch.setattr(cusparselt_module, "algorithms", {})
     packed = moved(values(512, 1024, torch.bfloat16), torch.device("cuda"))
     made, x = PrunedValues.of(packed), torch.randn(24, 1024, device="cuda").bfloat16()
     if searched:
@@ -471,7 +472,7 @@ def test_plain_values_in_a_graph_on_a_gpu(searched: bool, monkeypatch: pytest.Mo
     captured = torch.cuda.CUDAGraph()
     with torch.cuda.graph(captured):
         out = made.linear(x)
-    assert bool(pruned.algorithms) == searched
+    assert bool(cusparselt_module.algorithms) == searched
     x.copy_(torch.randn_like(x))
     captured.replay()
     close(out, x, packed.dequantize())

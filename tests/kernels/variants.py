@@ -29,8 +29,9 @@ class Variant(NamedTuple):
 BASE: dict[str, Macros] = {
     "narrow.cu": {"KIND": "GRID", "BITS": 4, "T": "Half", "SCALE": "Half", "GROUPS": 1, "NT": 1, "RT": 2, "WARPS": 8,
                   "DEPTH": 2, "FEW": 0},
+    "read.cu": {"UNROLL": 8},
     "wide.cu": {"KIND": "GRID", "BITS": 4, "T": "Half", "SCALE": "Half", "GROUPS": 1, "TOKENS": 128, "STAGES": 4,
-                "SPLIT": 1, "BLOCKS": 1},
+                "PHASES": 1, "SPLIT": 1, "BLOCKS": 1},
     "dequantize.cu": {"KIND": "GRID", "BITS": 4, "T": "Half", "SCALE": "Half", "GROUPS": 1, "WARPS": 4},
 }  # fmt: skip
 
@@ -58,6 +59,12 @@ VARIANTS: dict[str, list[Variant]] = {
     "wide.cu": [
         of("wide.cu", HOPPER),
         of("wide.cu", HOPPER, **BF16, BITS=8, TOKENS=256, SPLIT=2),
+        of("wide.cu", HOPPER, TOKENS=64, SPLIT=2, PHASES=2),
+        of("wide.cu", HOPPER, TOKENS=16, BLOCKS=3),
+    ],
+    "read.cu": [
+        of("read.cu", kernel="read_through"),
+        of("read.cu", HOPPER, kernel="read_through", UNROLL=4),
     ],
     "dequantize.cu": [
         of("dequantize.cu"),
@@ -78,4 +85,27 @@ VARIANTS["sparse.cu"] = [
     of("sparse.cu", **{**PRODUCT, "NT": 8, "RT": 2, "DEPTH": 1, "WARPS": 4}),
     of("sparse.cu", kernel="dequantize_sparse", WARPS=4),
     of("sparse.cu", kernel="dequantize_sparse", **BF16, BITS=3, OFFSET=1, WARPS=4),
+]
+
+BASE["quantise.cu"] = {"T": "Half", "VECTORS": 4, "OUTLIERS": 0}
+BASE["narrow8.cu"] = {"T": "Half", "NT": 1, "RT": 1, "WARPS": 8, "DEPTH": 2, "OUTLIERS": 0}
+BASE["wide8.cu"] = {"T": "Half", "TOKENS": 256, "STAGES": 4, "SPLIT": 1, "SHARE": 1, "BLOCKS": 1, "OUTLIERS": 0}
+VARIANTS["quantise.cu"] = [
+    of("quantise.cu", ALL),
+    of("quantise.cu", T="BFloat", OUTLIERS=1),
+    of("quantise.cu", VECTORS=1, OUTLIERS=1),
+]
+VARIANTS["narrow8.cu"] = [
+    of("narrow8.cu", ALL),
+    of("narrow8.cu", T="BFloat", OUTLIERS=1),
+    of("narrow8.cu", NT=2, RT=2, OUTLIERS=1),
+    of("narrow8.cu", NT=8, OUTLIERS=1),
+]
+VARIANTS["wide8.cu"] = [
+    of("wide8.cu", HOPPER),
+    of("wide8.cu", HOPPER, OUTLIERS=1),
+    of("wide8.cu", HOPPER, T="BFloat", SPLIT=4, OUTLIERS=1),
+    of("wide8.cu", HOPPER, SHARE=2, OUTLIERS=1),
+    of("wide8.cu", HOPPER, TOKENS=128, STAGES=6, OUTLIERS=1),
+    of("wide8.cu", HOPPER, TOKENS=64, BLOCKS=2, OUTLIERS=1),
 ]
