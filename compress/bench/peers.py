@@ -202,7 +202,6 @@ def int_mm(shape: Shape, setting: Setting) -> Ready:
 def cusparselt(shape: Shape, setting: Setting) -> Ready:
     """2:4 with the algorithm that cuSPARSELt's search finds for the number of tokens, or its default one if that is
     quicker. Tokens are filled up to a multiple of 8 before the clock runs."""
-    rows = shape[0]
     weight = setting.normal(*shape, std=_STD).masked_fill_(~patterned(shape, setting), 0)
     whole, packed = weight.float(), torch._cslt_compress(weight)
     chosen = [0]

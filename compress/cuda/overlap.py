@@ -53,7 +53,7 @@ def launch_early(
         function: of a kernel that calls `wait_for_previous` before it reads what that one writes.
         grid: blocks, one to three numbers.
         block: threads.
-        args: tensors, whole numbers, None or numpy scalars, one a parameter.
+        args: tensors, whole numbers, None or numpy arrays (their bytes), one a parameter.
         shared, x: as there.
 
     Raises:

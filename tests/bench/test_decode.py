@@ -137,8 +137,9 @@ def test_runs_that_differ_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
         return 1.0
 
     monkeypatch.setattr(decode, "_replay", astray)
-    report = decode.run(OnCPU(("dense",), (2,), SMALL), lambda line: None)
-    assert report["rows"][0]["failed"].startswith("two runs from one state differ in ")
+    report = decode.run(OnCPU(("dense", "w4"), (2,), SMALL), lambda line: None)
+    assert report["rows"][0]["differing_tokens"] > 0  # the library's products are its own business
+    assert report["rows"][1]["failed"].startswith("two runs from one state differ in ")
     assert report["failed"] == 1
 
 

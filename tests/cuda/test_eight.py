@@ -55,31 +55,23 @@ def inputs(tokens: int, columns: int, dtype: torch.dtype) -> Tensor:
     return x.to(dtype)
 
 
-def whole(x: Inputs, made: EightBit, dtype: torch.dtype) -> Tensor:
-    """The product of what was quantised, its sums exact, in float64 from the scales on."""
-    wide = made.chunks * 128
-    weight = (eight.unpack(made.codes, made.rows, wide) ^ 128).view(torch.int8).double()
-    out = (x.rows[:, :wide].view(torch.int8).double() @ weight.t()) * x.scales[:, None].double() * made.scales.double()
-    packed = made.outliers_in(dtype)
-    if packed is not None:
-        dense = eight.unpack_outliers(packed, made.rows, made.outlier_chunks * 64).double()
-        out += x.rows[:, wide:].contiguous().view(dtype).double() @ dense.t()
-    return out
-
-
 def as_defined(out: Tensor, x: Inputs, made: EightBit, dtype: torch.dtype) -> None:
-    """Without outliers bit for bit; else but for float32's rounding before the last one."""
-    exact = whole(x, made, dtype)
+    """Whether it is the product of what was quantised: without outliers bit for bit, else but for what float32 rounds
+    before the last rounding."""
+    wide, packed = made.chunks * 128, made.outliers_in(dtype)
+    weight = (eight.unpack(made.codes, made.rows, wide) ^ 128).view(torch.int8).double()
+    total = x.rows[:, :wide].view(torch.int8).double() @ weight.t()
     assert out.dtype == dtype
-    assert out.shape == exact.shape
-    if not made.outlier_chunks:
-        wide = made.chunks * 128
-        weight = (eight.unpack(made.codes, made.rows, wide) ^ 128).view(torch.int8).double()
-        total = x.rows[:, :wide].view(torch.int8).double() @ weight.t()
+    if packed is None or not made.outlier_chunks:
         assert torch.equal(out, (total.float() * x.scales[:, None] * made.scales).to(dtype))
-    else:
-        error = (out.double() - exact).abs()
-        assert (error <= 0.51 * torch.finfo(dtype).eps * exact.abs() + 1e-4).all(), error.max()
+        return
+    dense = eight.unpack_outliers(packed, made.rows, made.outlier_chunks * 64).double()
+    outer = x.rows[:, wide:].contiguous().view(dtype).double()
+    scaled = total * x.scales[:, None].double() * made.scales.double()
+    exact, size = scaled + outer @ dense.t(), scaled.abs() + outer.abs() @ dense.abs().t()
+    assert out.shape == exact.shape
+    error = (out.double() - exact).abs()
+    assert (error <= 0.501 * torch.finfo(dtype).eps * exact.abs() + 2e-6 * size + 1e-7).all(), error.max()
 
 
 # --- layout, values --------------------------------------------------------------------------------------------------
