@@ -25,17 +25,3 @@ DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) {
     asm("prmt.b32 %0, %1, %2, 0x5410;" : "=r"(all) : "r"(low), "r"(high));
     return all;
 }
-
-// On Hopper a launch may overlap the one before it, if it is asked for (compress/cuda/eight.py). Then the kernel behind
-// this one may start as soon as all blocks have come here ...
-DEVICE void next_may_start() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
-// ... and what the kernel before this one wrote is there after this.
-DEVICE void wait_for_previous() {
-#if __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}

@@ -2,24 +2,6 @@
 #pragma once
 #include "hopper.cuh"
 
-// A box as `copy_box`, to the same place in each block of the cluster whose bit is in `blocks`; it counts at the
-// barrier that each has where `barrier` is in this one.
-DEVICE void copy_box_to(u32 shared, const Boxes* boxes, int row, int column, u64* barrier, u32 blocks) {
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(shared),
-        "l"(boxes), "r"(column), "r"(row), "r"(shared_address(barrier)), "h"((u16)blocks)
-        : "memory");
-}
-// Arrive at the barrier that block `rank` of the cluster has where `mine` is in this one.
-DEVICE void barrier_arrive_at(u64* mine, u32 rank) {
-    asm volatile(
-        "{.reg .u32 there; mapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [there];}" ::"r"(shared_address(mine)),
-        "r"(rank)
-        : "memory");
-}
-
 // Four 8 x 8 matrices of 16-bit numbers, each transposed: lane l has of each the numbers 2 (l % 4) and the next of row
 // l / 4, two in a word, and gives the address of column l % 8 of matrix l / 8: eight numbers one after another.
 DEVICE void store_transposed(u32 column, u32 a, u32 b, u32 c, u32 d) {

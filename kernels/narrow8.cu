@@ -78,7 +78,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     for (int d = 0; d < DEPTH; d++) fetch_weights(d, warp + d * WARPS);
     float own_row = 0, own_token = 0;  // scales; they are needed at the end
     if (threadIdx.x < ROWS) own_row = scales[min(first_tile * TILE + (int)threadIdx.x, rows - 1)];
-    wait_for_previous();  // of which the weights are no part
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) fetch_inputs(d, warp + d * WARPS);
     if (threadIdx.x < TOKENS) own_token = x_scales[min(first_token + (int)threadIdx.x, tokens - 1)];

@@ -33,8 +33,6 @@ extern "C" __global__ void __launch_bounds__(1024)
     const int lane = threadIdx.x % 32, threads = blockDim.x, vectors = chunks * (CHUNK / 8);
     x += (u64)blockIdx.x * columns;
     to += (u64)blockIdx.x * (chunks + outlier_chunks) * INPUT_BYTES;
-
-    next_may_start();
     u32 held[VECTORS][4];
 #pragma unroll
     for (int v = 0; v < VECTORS; v++) {

@@ -6,12 +6,10 @@
 // further chunks, of 16-bit numbers: when they come, the sums become floats, scaled, and go on in float32.
 //
 // SPLIT blocks, a cluster, share out the chunks of one result. Their sums are whole numbers, exact in any order; those
-// of blocks that had outliers are floats, added up always in the same order. With SHARE of 2 the cluster is instead two
-// blocks of the same tokens, each of which fetches half of the inputs for both.
+// of blocks that had outliers are floats, added up always in the same order.
 //
 // Macros: T: Half or BFloat, the type of out and of outliers; TOKENS: 16, 32, 64, 128 or 256; STAGES: 3 or more; SPLIT:
-// 1, 2, 4 or 8; SHARE: 1 or, with a SPLIT of 1, 2; BLOCKS: that share a multiprocessor, 1, or 2 for up to 64 tokens;
-// OUTLIERS: 1 if there are any.
+// 1, 2, 4 or 8; BLOCKS: that share a multiprocessor, 1, or 2 for up to 64 tokens; OUTLIERS: 1 if there are any.
 #include "codes8.cuh"
 #include "hopper8.cuh"
 
@@ -22,9 +20,8 @@ constexpr int PITCH_OUT = ROWS * 2 + 16;  // bytes a token
 constexpr int GROUP = 16;                 // row blocks that follow each other, then the next tokens
 // A block's registers: THREADS times 168, or 80 with two blocks. The threads that only copy leave theirs to the others.
 constexpr int FEW_REGISTERS = BLOCKS == 1 ? 56 : 48, MANY_REGISTERS = BLOCKS == 1 ? 224 : 96;
-static_assert(SHARE == 1 || SPLIT == 1, "a cluster is for one or the other");
 
-extern "C" __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(THREADS, BLOCKS)
+extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(THREADS, BLOCKS)
     wide8(const u8* codes, const u8* outliers, const float* scales, const __grid_constant__ Boxes x,
           const float* x_scales, u16* out, int tokens, int rows, int chunks, int outlier_chunks) {
     extern __shared__ __align__(1024) u8 shared[];
@@ -32,8 +29,8 @@ extern "C" __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(T
     __shared__ __align__(16) float token_scale[TOKENS];
     const int tiles = (rows + TILE - 1) / TILE, last_band = (tiles - 1) / BAND * BAND, all = chunks + outlier_chunks;
 
-    // which rows and tokens; with SHARE there may be a block of no rows at the end
-    const int row_blocks = (rows + ROWS * SHARE - 1) / (ROWS * SHARE) * SHARE;
+    // which rows and tokens
+    const int row_blocks = (rows + ROWS - 1) / ROWS;
     const int token_blocks = (tokens + TOKENS - 1) / TOKENS;
     const int id = blockIdx.x, group = id / (GROUP * token_blocks);
     const int wide_group = min(GROUP, row_blocks - group * GROUP), within = id - group * GROUP * token_blocks;
@@ -50,46 +47,27 @@ extern "C" __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(T
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + i, 1);
-            barrier_init(empty + i, CONSUMERS / 32 * SHARE);
+            barrier_init(empty + i, CONSUMERS / 32);
         }
         barrier_init_done();
     }
     __syncthreads();
-    if (SHARE > 1) cluster_sync();  // the other block's barriers are there
 
     if (warp >= CONSUMERS / 32) {
         registers_less<FEW_REGISTERS>();
         if (threadIdx.x == CONSUMERS) {
-            auto fetch_codes = [&](int i) {
+            for (int i = 0; i < end - begin; i++) {
                 const int stage = i % STAGES, chunk = begin + i;
-                const u32 place = shared_address(shared + stage * STAGE_BYTES + X_BYTES);
+                const u32 place = shared_address(shared + stage * STAGE_BYTES);
+                if (i >= STAGES) barrier_wait(empty + stage, (i / STAGES - 1) & 1);
                 barrier_expect(full + stage, STAGE_BYTES);
                 for (int t = 0; t < TILES; t += BAND) {  // a band past the last fetches that again, for nothing
                     const int band = min(first_tile + t, last_band);
                     const u8* part = part_of(codes, band, chunk, chunks);
                     if (OUTLIERS && chunk >= chunks) part = part_of(outliers, band, chunk - chunks, outlier_chunks);
-                    copy_run(place + t * WEIGHT_BYTES, part, BAND * WEIGHT_BYTES, full + stage);
+                    copy_run(place + X_BYTES + t * WEIGHT_BYTES, part, BAND * WEIGHT_BYTES, full + stage);
                 }
-            };
-            auto fetch_inputs = [&](int i) {  // which are 16-bit numbers to the copy engine
-                const int stage = i % STAGES, column = (begin + i) * INPUT_BYTES / 2;
-                const u32 place = shared_address(shared + stage * STAGE_BYTES);
-                const int part = SHARE > 1 ? id % SHARE * (TOKENS / SHARE) : 0;
-                if (SHARE > 1) {
-                    copy_box_to(place + part * INPUT_BYTES, &x, first_token + part, column, full + stage,
-                                (1 << SHARE) - 1);
-                } else {
-                    copy_box(place, &x, first_token, column, full + stage);
-                }
-            };
-            const int ahead = min(STAGES, end - begin);
-            for (int i = 0; i < ahead; i++) fetch_codes(i);
-            wait_for_previous();  // of which the weights are no part
-            for (int i = 0; i < ahead; i++) fetch_inputs(i);
-            for (int i = ahead; i < end - begin; i++) {
-                barrier_wait(empty + i % STAGES, (i / STAGES - 1) & 1);
-                fetch_codes(i);
-                fetch_inputs(i);
+                copy_box(place, &x, first_token, chunk * (INPUT_BYTES / 2), full + stage);  // in 16-bit numbers
             }
         }
         __syncwarp();
@@ -99,7 +77,6 @@ extern "C" __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(T
         }
     } else {
         registers_more<MANY_REGISTERS>();
-        wait_for_previous();
         if (threadIdx.x < TOKENS) token_scale[threadIdx.x] = x_scales[min(first_token + (int)threadIdx.x, tokens - 1)];
         barrier_some(1, CONSUMERS);
         // What a thread gets: of every 8 tokens two, of rows `row` and row + 8.
@@ -113,8 +90,7 @@ extern "C" __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(T
         };
         auto wait_full = [&](int i) { barrier_wait(full + i % STAGES, i / STAGES & 1); };
         auto release = [&](int i) {
-            if (SHARE == 1 && lane == 0) barrier_arrive(empty + i % STAGES);
-            if (SHARE > 1 && lane < SHARE) barrier_arrive_at(empty + i % STAGES, lane);
+            if (lane == 0) barrier_arrive(empty + i % STAGES);
         };
         const int count = turn - begin;
         int sums[TOKENS / 2] = {};
@@ -232,5 +208,4 @@ extern "C" __global__ void __cluster_dims__(SHARE, 1, SPLIT) __launch_bounds__(T
             cluster_sync();  // nobody leaves while another reads its sums
         }
     }
-    if (SHARE > 1) cluster_sync();  // nobody leaves while another fetches for it or tells it that a place is free
 }

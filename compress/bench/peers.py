@@ -210,7 +210,9 @@ def cusparselt(shape: Shape, setting: Setting) -> Ready:
         return torch._cslt_sparse_mm(mine, x.t(), alg_id=algorithm).t()  # left as it lies, to its advantage
 
     def prepare(x: Tensor) -> None:
-        searched = torch._cslt_sparse_mm_search(packed, x.t())  # with transpose_result it breaks the device
+        from compress.cuda import cusparselt
+
+        searched = cusparselt.search(packed, x.t())
         both = dict.fromkeys((searched, 0))
         chosen[0] = min(both, key=lambda a: timing.graph([partial(run, x, a) for run in mine]))
 

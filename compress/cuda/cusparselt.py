@@ -6,6 +6,7 @@ best algorithm ends in an illegal instruction if it is to transpose the result, 
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any, ClassVar, Self
 
@@ -98,6 +99,13 @@ def _first(weight: Tensor, rows: int, columns: int) -> Tensor:
 algorithms: dict[tuple[int, int, int, torch.dtype, int], int] = {}
 
 
+def search(weight: Tensor, x: Tensor) -> int:
+    """The quickest algorithm for weight [rows, columns] times x [columns, tokens], whose result is not transposed."""
+    with warnings.catch_warnings():  # torch 2.11 warns that the function will move
+        warnings.filterwarnings("ignore", "torch._cslt_sparse_mm_search is deprecated")
+        return torch._cslt_sparse_mm_search(weight, x)
+
+
 def _algorithm(weight: Tensor, x: Tensor, rows: int) -> int:
     """Searched for the first time (milliseconds), but not while a graph is captured: there an unknown one is the
     default."""
@@ -106,7 +114,7 @@ def _algorithm(weight: Tensor, x: Tensor, rows: int) -> int:
     if key not in algorithms:
         if torch.cuda.is_current_stream_capturing():
             return 0
-        algorithms[key] = torch._cslt_sparse_mm_search(weight, x.t())  # with transpose_result it breaks the device
+        algorithms[key] = search(weight, x.t())
     return algorithms[key]
 
 

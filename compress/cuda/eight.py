@@ -3,9 +3,8 @@
     out[m, n] = sx[m] sw[n] sum over k of xq[m, k] wq[n, k]  +  sum over outlier columns o of x[m, o] W[n, o]
 
 in whole numbers, then float32, rounded once to x's dtype. Two launches: kernels/quantise.cu makes xq, sx and the
-outlier inputs; kernels/narrow8.cu or wide8.cu multiplies, and fetches its first weights meanwhile. Nothing waits for
-the device, so CUDA graphs can hold it. Without outlier columns it gives, bit for bit, what `compress.int8.linear` gives
-on a CPU with activations "token".
+outlier inputs; kernels/narrow8.cu or wide8.cu multiplies. Nothing waits for the device, so CUDA graphs can hold it.
+Without outlier columns it gives, bit for bit, what `compress.int8.linear` gives on a CPU with activations "token".
 
 kernels/codes8.cuh has the layout of the weights: one of words, of four 8-bit codes or of two outlier weights.
 """
@@ -25,7 +24,6 @@ from compress.cuda import layout
 from compress.cuda.boxes import boxes
 from compress.cuda.choice import Library, Narrow
 from compress.cuda.compiler import function, launch
-from compress.cuda.overlap import launch_early
 from compress.cuda.source import Kernel
 from compress.packed.outlier_columns import OutlierColumns
 from compress.packed.uniform import UniformGrid
@@ -218,10 +216,10 @@ def narrow(x: Inputs, layer: EightBit, out: Tensor, way: Narrow) -> None:
     """By narrow8.cu, into out [tokens, rows]."""
     tokens, taken = len(out), 8 * way.token_tiles
     shape = _shape(layer, out.dtype, NT=way.token_tiles, RT=way.row_tiles, WARPS=way.warps, DEPTH=way.depth)
-    launch_early(
+    launch(
         function(Kernel("narrow8", "narrow8.cu", shape), out.device.index),
         (-(-layout.tiles(layer.rows) // way.row_tiles), -(-tokens // taken)),
-        32 * way.warps,
+        (32 * way.warps,),
         (
             layer.codes, layer.outliers_in(out.dtype), layer.scales, x.rows, x.scales, out, tokens, layer.rows,
             layer.chunks, layer.outlier_chunks,
@@ -241,17 +239,14 @@ def narrow_shared(way: Narrow, tokens: int) -> int:
 def wide(x: Inputs, layer: EightBit, out: Tensor, way: Wide) -> None:
     """By wide8.cu, into out [tokens, rows]."""
     tokens = len(out)
-    shape = _shape(
-        layer, out.dtype, TOKENS=way.tokens, STAGES=way.stages, SPLIT=way.split, SHARE=way.share, BLOCKS=way.blocks
-    )
-    row_blocks = -(-layer.rows // (_ROWS * way.share)) * way.share
-    launch_early(
+    shape = _shape(layer, out.dtype, TOKENS=way.tokens, STAGES=way.stages, SPLIT=way.split, BLOCKS=way.blocks)
+    launch(
         function(Kernel("wide8", "wide8.cu", shape, hopper=True), out.device.index),
-        (row_blocks * -(-tokens // way.tokens), 1, way.split),
-        _THREADS,
+        (-(-layer.rows // _ROWS) * -(-tokens // way.tokens), 1, way.split),
+        (_THREADS,),
         (
             layer.codes, layer.outliers_in(out.dtype), layer.scales,
-            boxes(x.rows.view(torch.int16), way.tokens // way.share), x.scales, out, tokens, layer.rows, layer.chunks,
+            boxes(x.rows.view(torch.int16), way.tokens), x.scales, out, tokens, layer.rows, layer.chunks,
             layer.outlier_chunks,
         ),
         way.shared,
@@ -274,14 +269,12 @@ class Wide:
         tokens: of a block: 16, 32, 64, 128 or 256.
         stages: places of the ring, 3 or more.
         split: blocks that share out the columns: 1, 2, 4 or 8.
-        share: blocks that fetch inputs for each other: 1, or without a split 2.
         blocks: that share a multiprocessor: 1, or 2 for up to 64 tokens.
     """
 
     tokens: int
     stages: int
     split: int = 1
-    share: int = 1
     blocks: int = 1
 
     @property
@@ -310,17 +303,20 @@ def choose(tokens: int, rows: int, columns: int, device: int) -> Narrow | Wide |
 def choose_narrow(tokens: int, rows: int, columns: int, processors: int) -> Narrow:
     """The rule for few tokens."""
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
-    row_tiles = 2 if token_tiles > 1 and layout.tiles(rows) >= 4 * processors else 1
+    row_tiles = 2 if token_tiles < 8 and layout.tiles(rows) >= processors else 1
     return Narrow(token_tiles, row_tiles, 8 if layout.chunks(columns) >= 8 else 4, 1 if token_tiles == 8 else 2)
 
 
 def choose_wide(tokens: int, rows: int, columns: int, processors: int) -> Wide:
     """The rule for many tokens on Hopper: enough blocks for the device, split by columns where rows are too few."""
+    row_blocks = -(-rows // _ROWS)
     size = next((s for s in (32, 64, 128) if tokens <= s), 256)
-    blocks, split = -(-rows // _ROWS) * -(-tokens // size), 1
+    if size == 256 and row_blocks * -(-tokens // size) < processors:
+        size = 128
+    blocks, split = row_blocks * -(-tokens // size), 1
     while split < 8 and 2 * blocks * split <= processors + 8 and layout.chunks(columns) >= 8 * split:
         split *= 2
-    return fit(Wide(size, 8, split))
+    return fit(Wide(size, 8, split, blocks=2 if size <= 64 and blocks > processors else 1))
 
 
 # --- the operator ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@
 | `Table`    | NF4 and FP4, where blocks do not cross rows; double quantisation is undone                    |
 | `Book`     | k-means of 2, 3, 4 bits with a book a row                                                    |
 | `TwoLevel` | SpQR: groups of 16 columns, statistics of up to 4 bits shared by 16 rows; with outliers       |
+| `EightBit`                   | LLM.int8() and W8A8 with a scale a token, see eight.py                     |
 | `PrunedGrid`, `PrunedValues` | 2:4, see pruned.py and cusparselt.py                                       |
 
 Inputs are float16 or bfloat16. Their twin is `Packed.linear`, from which they differ by rounding: it rounds each weight
@@ -25,6 +26,7 @@ from torch.nn import functional as F
 from compress import fast, tables
 from compress.cuda import layout, ops, support
 from compress.cuda.cusparselt import PrunedValues
+from compress.cuda.eight import EightBit
 from compress.cuda.pruned import PrunedGrid
 from compress.packed.affine import Affine
 from compress.packed.bilevel import BiLevel, Statistic
@@ -298,4 +300,4 @@ def _parts(statistic: Statistic) -> tuple[Tensor, Tensor]:
 
 
 #: in the order in which they are asked
-KERNELS: tuple[type[fast.Kernel], ...] = (PrunedGrid, PrunedValues, Grid, Table, Book, TwoLevel)
+KERNELS: tuple[type[fast.Kernel], ...] = (EightBit, PrunedGrid, PrunedValues, Grid, Table, Book, TwoLevel)

@@ -222,9 +222,11 @@ def choose(tokens: int, rows: int, columns: int, processors: int, shared: int) -
     """The rule for the shape of a launch of `sparse`; `shared`: bytes of shared memory that a block can have."""
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     tiles, chunks = layout.tiles(rows), -(-columns // (4 * FOURS))
-    row_tiles = 2 if tokens > 2 and tiles >= processors else 1  # the rows of a block read the inputs together
-    warps = 8 if chunks >= 8 else 4
-    ways = [Narrow(token_tiles, row_tiles, w, d) for w, d in ((warps, 2), (warps, 1), (4, 1), (2, 1))]
+    many = 2 < tokens <= 16 and tiles >= 3 * processors
+    row_tiles = 4 if many else 2 if tiles >= processors else 1  # the rows of a block read the inputs together
+    warps = 8 if chunks >= 8 and token_tiles == 1 else 4
+    depth = 1 if row_tiles * token_tiles == 4 else 2
+    ways = [Narrow(token_tiles, row_tiles, w, d) for w, d in ((warps, depth), (warps, 1), (4, 1), (2, 1))]
     ways.append(Narrow(min(token_tiles, 4), row_tiles, 2, 1))
     return next((way for way in ways if shared_bytes(way, tokens) <= shared), ways[-1])
 

@@ -5,7 +5,6 @@ The kernels run twice: on a GPU, and as C++ on a CPU (tests/kernels/emulate.py) 
 
 from __future__ import annotations
 
-import ctypes
 import importlib.util
 import os
 import sys
@@ -20,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress import int8
-from compress.cuda import eight, layout, overlap
+from compress.cuda import eight, layout
 from compress.cuda.choice import Library, Narrow
 from compress.cuda.eight import EightBit, Inputs, Wide
 from compress.packed.outlier_columns import OutlierColumns
@@ -229,41 +228,6 @@ def test_the_kernel_follows_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert kinds == {1: Narrow, 16: Narrow, 17: Narrow, 64: Narrow, 65: Library}
 
 
-def test_an_early_launch_tells_the_driver_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[Any] = []
-
-    class Driver:
-        @staticmethod
-        def cuLaunchKernelEx(config: Any, function: Any, parameters: Any, extra: Any) -> int:
-            told = ctypes.cast(config, ctypes.POINTER(overlap._Config)).contents
-            attribute = overlap._Attribute.from_address(told.attributes)
-            values = [ctypes.c_uint64.from_address(p).value for p in parameters]
-            seen.append((*told.grid, *told.block, told.shared, told.stream, told.count, function.value, values))
-            seen.append((ctypes.sizeof(attribute), attribute.id, attribute.value))
-            return 700 if told.shared == 1 else 0
-
-    class Made:
-        class run:
-            ptr = 77
-
-        class kernel:
-            title = "narrow8"
-
-    monkeypatch.setattr(overlap, "_driver", lambda: Driver)
-    monkeypatch.setattr(overlap, "overlaps", lambda device: True)
-    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: -1, raising=False)
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 99, raising=False)
-    x = torch.zeros(3)
-    box = torch.arange(2).numpy()
-    overlap.launch_early(Made, (5, 6), 256, (x, None, -3, 2**40, box), 4096, x)  # type: ignore[arg-type]
-    config, attribute = seen
-    assert config[:10] == (5, 6, 1, 256, 1, 1, 4096, 99, 1, 77)
-    assert config[10] == [x.data_ptr(), 0, 2**64 - 3, 2**40, 0]
-    assert attribute == (72, 6, 1)
-    with pytest.raises(Exception, match="CUDA error 700"):
-        overlap.launch_early(Made, (5,), 256, (), 1, x)  # type: ignore[arg-type]
-
-
 # --- the kernels on a CPU --------------------------------------------------------------------------------------------
 
 
@@ -299,7 +263,6 @@ def emulated(monkeypatch: pytest.MonkeyPatch, build: Callable[..., Any]) -> None
 
     monkeypatch.setattr(eight, "function", lambda kernel, device: kernel)
     monkeypatch.setattr(eight, "launch", launch)
-    monkeypatch.setattr(eight, "launch_early", launch)
     monkeypatch.setattr(eight, "boxes", lambda x, rows: (x, *x.shape, rows))
     monkeypatch.setattr(eight.torch, "empty", empty)
 
@@ -382,8 +345,8 @@ def test_narrow(tokens: int, rows: int, columns: int, outliers: int, way: Narrow
 WAYS = [
     (20, 200, 1024, -1, Wide(16, 3)), (40, 136, 640, 5, Wide(32, 3)), (70, 300, 512, 70, Wide(32, 4)),
     (40, 200, 1160, -1, Wide(32, 3, 2)), (40, 200, 1160, 9, Wide(32, 3, 4)), (33, 130, 1160, 200, Wide(16, 3, 8)),
-    (40, 300, 1160, -1, Wide(32, 4, 1, 2)), (40, 300, 1160, 70, Wide(32, 3, 1, 2)), (100, 130, 304, 3, Wide(64, 3)),
-    (40, 132, 256, 256, Wide(32, 3, 2)), (130, 141, 304, 3, Wide(128, 3, 2)), (260, 160, 304, 9, Wide(256, 3, 1, 2)),
+    (40, 300, 1160, -1, Wide(32, 4, 1)), (40, 300, 1160, 70, Wide(32, 3, 1)), (100, 130, 304, 3, Wide(64, 3)),
+    (40, 132, 256, 256, Wide(32, 3, 2)), (130, 141, 304, 3, Wide(128, 3, 2)), (260, 160, 304, 9, Wide(256, 3, 1)),
 ]  # fmt: skip
 
 
@@ -450,8 +413,8 @@ def test_wide_on_a_gpu(outliers: int, dtype: torch.dtype) -> None:
         for tokens in (17, 100, 300):
             x = eight.quantise(inputs(tokens, 1160, dtype).cuda(), made)
             for way in [
-                Wide(16, 4, 8), Wide(32, 4, 2, 1, 2), Wide(64, 4, 4, 1, 2), Wide(64, 8, 1, 2), Wide(128, 6),
-                Wide(128, 3, 2), Wide(256, 4), Wide(256, 4, 1, 2), Wide(256, 3, 4),
+                Wide(16, 4, 8), Wide(32, 4, 2, 2), Wide(64, 4, 4, 2), Wide(64, 8, 1), Wide(128, 6),
+                Wide(128, 3, 2), Wide(256, 4), Wide(256, 4, 1), Wide(256, 3, 4),
             ]:  # fmt: skip
                 out = torch.full((tokens, rows), NAN, dtype=dtype, device="cuda")
                 eight.wide(x, made, out, way)

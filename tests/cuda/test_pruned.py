@@ -386,7 +386,9 @@ def test_scales_of_another_dtype_on_a_gpu(dtype: torch.dtype, stored: torch.dtyp
     made = PrunedGrid.of(packed)
     for tokens in (1, 16, 100):
         x = torch.randn(tokens, 512, device="cuda").to(dtype)
-        close(made.linear(x), x, packed.dequantize())
+        got, expected = made.linear(x).float(), x.float() @ packed.dequantize().float().t()
+        coarse = torch.bfloat16 in (dtype, stored)  # the kernel rounds no weight to the scales' type, its twin does
+        assert (got - expected).norm() <= (8e-3 if coarse else 1e-3) * expected.norm()
 
 
 @GPU

@@ -1,4 +1,4 @@
-"""narrow.cu and dequantize.cu, run as C++ on this CPU through the operators' own launches, against the packed kinds."""
+"""narrow.cu, wide.cu, dequantize.cu, run as C++ on this CPU by the operators' own launches, against the packed kinds."""
 
 from __future__ import annotations
 
@@ -36,6 +36,7 @@ def emulated(monkeypatch, build):
 
     monkeypatch.setattr(ops, "function", lambda kernel, device: kernel)
     monkeypatch.setattr(ops, "launch", launch)
+    monkeypatch.setattr(ops, "boxes", lambda x, rows: (x, len(x), x.shape[1], rows))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -54,6 +55,30 @@ def test_narrow(emulated, name, tokens, way):
     x[:, : packed.shape[1]] = torch.randn(tokens, packed.shape[1]).to(dtype)
     out = torch.full((tokens, packed.shape[0]), float("nan"), dtype=dtype)
     ops.narrow(x, made.layer, out, way)
+    kinds.close(out, x[:, : packed.shape[1]], packed.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("name", "tokens", "way"),
+    [
+        ("uniform4-128", 20, choice.Wide(32, 3, 1)),
+        ("odd", 13, choice.Wide(16, 2, 2, 2)),
+        ("uniform3-64", 30, choice.Wide(32, 3, 1, 1, 2)),
+        ("uniform8--1", 9, choice.Wide(8, 3, 2, 1, 2)),
+        ("affine", 40, choice.Wide(64, 2, 1)),
+        ("nf4", 33, choice.Wide(32, 2, 2)),
+        ("book3", 20, choice.Wide(32, 3, 1)),
+    ],
+)
+def test_wide(emulated, name, tokens, way):
+    torch.manual_seed(0)
+    packed = kinds.layers(torch.float16)[name]
+    made = kinds.kernel(packed)
+    columns = -(-packed.shape[1] // 8) * 8
+    x = torch.zeros(tokens, columns, dtype=torch.float16)
+    x[:, : packed.shape[1]] = torch.randn(tokens, packed.shape[1]).half()
+    out = torch.full((tokens, packed.shape[0]), float("nan"), dtype=torch.float16)
+    ops.broad(x, made.layer, out, way)
     kinds.close(out, x[:, : packed.shape[1]], packed.dequantize())
 
 

@@ -89,7 +89,7 @@ VARIANTS["sparse.cu"] = [
 
 BASE["quantise.cu"] = {"T": "Half", "VECTORS": 4, "OUTLIERS": 0}
 BASE["narrow8.cu"] = {"T": "Half", "NT": 1, "RT": 1, "WARPS": 8, "DEPTH": 2, "OUTLIERS": 0}
-BASE["wide8.cu"] = {"T": "Half", "TOKENS": 256, "STAGES": 4, "SPLIT": 1, "SHARE": 1, "BLOCKS": 1, "OUTLIERS": 0}
+BASE["wide8.cu"] = {"T": "Half", "TOKENS": 256, "STAGES": 4, "SPLIT": 1, "BLOCKS": 1, "OUTLIERS": 0}
 VARIANTS["quantise.cu"] = [
     of("quantise.cu", ALL),
     of("quantise.cu", T="BFloat", OUTLIERS=1),
@@ -105,7 +105,6 @@ VARIANTS["wide8.cu"] = [
     of("wide8.cu", HOPPER),
     of("wide8.cu", HOPPER, OUTLIERS=1),
     of("wide8.cu", HOPPER, T="BFloat", SPLIT=4, OUTLIERS=1),
-    of("wide8.cu", HOPPER, SHARE=2, OUTLIERS=1),
     of("wide8.cu", HOPPER, TOKENS=128, STAGES=6, OUTLIERS=1),
     of("wide8.cu", HOPPER, TOKENS=64, BLOCKS=2, OUTLIERS=1),
 ]

@@ -37,5 +37,3 @@ DEVICE u32 largest(u32 n) {
     return n;
 }
 DEVICE u32 low_bytes(u32 a, u32 b, u32 c, u32 d) { return (a & 255) | (b & 255) << 8 | (c & 255) << 16 | d << 24; }
-DEVICE void next_may_start() {}
-DEVICE void wait_for_previous() {}
