@@ -1,4 +1,4 @@
-"""narrow.cu, wide.cu, dequantize.cu, run as C++ on this CPU by the operators' own launches, against the packed kinds."""
+"""narrow.cu, wide.cu, dequantize.cu, run as C++ on this CPU by the operators' own launches, against packed kinds."""
 
 from __future__ import annotations
 
