@@ -6,7 +6,7 @@ CUDA device. On other devices they compute through the plain layout: slowly, and
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,9 @@ from compress.cuda.source import Kernel
 GRID, TABLE, BOOK, BILEVEL = range(4)
 _NAMES = {torch.float16: "Half", torch.bfloat16: "BFloat", torch.float32: "Float"}
 _PITCH = layout.CHUNK * 2 + 16  # bytes of a row of a chunk in shared memory, as in the kernels
+
+#: bytes of a dequantised weight that may exist at once before a library's product
+BUDGET = 1 << 28
 
 library: Any = torch.library.Library("compress", "DEF")  # type: ignore[no-untyped-call]
 _LAYER = (
@@ -96,6 +99,24 @@ class Layer:
     def chunks(self) -> int:
         return self.codes.shape[1]
 
+    def part(self, start: int, stop: int) -> Layer:
+        """Its rows start .. stop - 1, without outliers; start is a multiple of a band's rows."""
+        tiles = slice(start // layout.TILE, layout.tiles(stop))
+        bands = slice(tiles.start // layout.BAND, -(-tiles.stop // layout.BAND))
+        rows = slice(start, layout.TILE * tiles.stop) if self.kind == BOOK else slice(None)
+        return replace(
+            self,
+            codes=self.codes[bands],
+            scales=None if self.scales is None else self.scales[tiles],
+            offsets=None if self.offsets is None else self.offsets[tiles],
+            table=None if self.table is None else self.table[rows],
+            outlier_rows=None,
+            outlier_columns=None,
+            outlier_values=None,
+            outlier_steps=None,
+            rows=stop - start,
+        )
+
     def kernel(self, name: str, dtype: torch.dtype, *more: tuple[str, int | str], hopper: bool = False) -> Kernel:
         """The variant of a kernel for this layer."""
         stored = self.scales if self.kind == GRID else self.table if self.kind == BOOK else self.offsets
@@ -129,17 +150,27 @@ def _linear_cuda(x: Tensor, *args: Any) -> Tensor:
 
 def _product(x: Tensor, layer: Layer, out: Tensor, columns: int) -> None:
     """x [tokens, columns, a multiple of 8] times the weight, into out."""
-    tokens, wide = x.shape
     way = choice.choose(
-        layer.kind, layer.bits, tokens, layer.rows, columns, x.device.index, layer.outlier_rows is not None
+        layer.kind, layer.bits, len(x), layer.rows, columns, x.device.index, layer.outlier_rows is not None
     )
     if isinstance(way, choice.Narrow):
         narrow(x, layer, out, way)
     elif isinstance(way, choice.Wide):
         broad(x, layer, out, way)
     else:
-        weight = _dequantize(layer, wide, x.dtype)
-        torch.mm(x, weight.t(), out=out)
+        _by_library(x, layer, out)
+
+
+def _by_library(x: Tensor, layer: Layer, out: Tensor) -> None:
+    """Some rows of the weight at a time in 16 bits, and torch's product with them."""
+    band = layout.BAND * layout.TILE
+    step = layer.rows
+    if layer.outlier_rows is None:  # whose places are those of the whole matrix
+        step = max(band, BUDGET // (2 * x.shape[1]) // band * band)
+    for start in range(0, layer.rows, step):
+        stop = min(start + step, layer.rows)
+        part = layer if (start, stop) == (0, layer.rows) else layer.part(start, stop)
+        torch.mm(x, _dequantize(part, x.shape[1], x.dtype).t(), out=out[:, start:stop])
 
 
 def narrow(x: Tensor, layer: Layer, out: Tensor, way: choice.Narrow) -> None:

@@ -93,3 +93,35 @@ def test_dequantize(emulated, name):
         assert (got.float() - expected.float()).abs().max() <= 2**-9 * expected.float().abs().max()
     else:
         assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("name", ["grid", "nf4", "book", "spqr"])
+def test_by_the_library_some_rows_at_a_time(emulated, monkeypatch, name):
+    torch.manual_seed(0)
+    half = torch.float16
+    packed = {
+        "grid": lambda: kinds.grid(200, 328, 4, 64, half, True),
+        "nf4": lambda: kinds.blocks(130, 192, "nf4", 64, False, half),
+        "book": lambda: kinds.book(150, 200, 3, half),
+        "spqr": lambda: kinds.spqr(150, 328, 3, half),  # whole: its outliers' places are those of the matrix
+    }[name]()
+    made = kinds.kernel(packed)
+    x = torch.randn(5, packed.shape[1]).half()
+    whole = torch.full((5, packed.shape[0]), float("nan"), dtype=half)
+    ops._by_library(x, made.layer, whole)
+    kinds.close(whole, x, packed.dequantize())
+    monkeypatch.setattr(ops, "BUDGET", 1)
+    parts = torch.full_like(whole, float("nan"))
+    ops._by_library(x, made.layer, parts)
+    kinds.close(parts, x, packed.dequantize())
+
+
+def test_a_layer_has_parts():
+    packed = kinds.grid(200, 256, 3, 64, torch.float16, True)
+    layer = kinds.kernel(packed).layer
+    dense = packed.dequantize()
+    for start, stop in ((0, 200), (64, 128), (128, 200), (0, 70)):
+        assert torch.equal(ops.plain(layer.part(start, stop), 256, torch.float16), dense[start:stop])
+    book = kinds.book(150, 128, 3, torch.float16)
+    part = kinds.kernel(book).layer.part(64, 150)
+    assert torch.equal(ops.plain(part, 128, torch.float16), book.dequantize()[64:])
