@@ -11,8 +11,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 ALL = ("sm_80", "sm_86", "sm_89", "sm_90a")
-ENDS = ("sm_80", "sm_90a")  # where the others tell nothing new
-HOPPER = ("sm_90a",)
+HOPPER = ("sm_90a",)  # of most rows: each kernel has one for ALL, and little else differs
 
 Macros = dict[str, int | str]
 
@@ -39,7 +38,7 @@ BF16: Macros = {"T": "BFloat", "SCALE": "BFloat"}
 NF4: Macros = {"KIND": "TABLE", "SCALE": "Float", "GROUPS": 2}
 
 
-def of(file: str, targets: tuple[str, ...] = ENDS, kernel: str = "", **macros: int | str) -> Variant:
+def of(file: str, targets: tuple[str, ...] = HOPPER, kernel: str = "", **macros: int | str) -> Variant:
     """A row; the function is named as its file unless `kernel` says otherwise."""
     return Variant(kernel or file.removesuffix(".cu"), {**BASE[file], **macros}, targets)
 
@@ -63,11 +62,11 @@ VARIANTS: dict[str, list[Variant]] = {
         of("wide.cu", HOPPER, TOKENS=16, BLOCKS=3),
     ],
     "read.cu": [
-        of("read.cu", kernel="read_through"),
+        of("read.cu", ALL, kernel="read_through"),
         of("read.cu", HOPPER, kernel="read_through", UNROLL=4),
     ],
     "dequantize.cu": [
-        of("dequantize.cu"),
+        of("dequantize.cu", ALL),
         of("dequantize.cu", **BF16, BITS=3, OFFSET=1),
         of("dequantize.cu", **NF4),
     ],
@@ -83,7 +82,7 @@ VARIANTS["sparse.cu"] = [
     of("sparse.cu", **PRODUCT, BITS=3, OFFSET=1),
     of("sparse.cu", **{**PRODUCT, "NT": 2, "RT": 2}),
     of("sparse.cu", **{**PRODUCT, "NT": 8, "RT": 2, "DEPTH": 1, "WARPS": 4}),
-    of("sparse.cu", kernel="dequantize_sparse", WARPS=4),
+    of("sparse.cu", ALL, kernel="dequantize_sparse", WARPS=4),
     of("sparse.cu", kernel="dequantize_sparse", **BF16, BITS=3, OFFSET=1, WARPS=4),
 ]
 
