@@ -371,7 +371,6 @@ def test_built_in(made: Callable[..., Any]) -> None:
         (1024, 1, "argument 0: access 0 bytes past its end"),
         (200_000, 0, "argument 0: access 795904 bytes past its end"),
         (-1, 1, "argument 0: access 4 bytes before it"),
-        (2**29, 0, "belongs to no argument"),
     ],
 )
 def test_out_of_bounds(at: int, write: int, message: str, made: Callable[..., Any], emulate: ModuleType) -> None:
