@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.bench import record
+from compress.bench import record, timing
 from compress.bench.cases import CASES
 from compress.bench.layers import Setting, Subject
 from compress.errors import CompressError
@@ -287,14 +287,13 @@ def _captured(decoder: Decoder, first: Tensor, position: int) -> torch.cuda.CUDA
 
 def _replay(graph: torch.cuda.CUDAGraph, steps: int) -> float:
     """Milliseconds of so many."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
+
+    def run() -> None:
+        for _ in range(steps):
+            graph.replay()
+
     torch.cuda.synchronize()
-    begin.record()
-    for _ in range(steps):
-        graph.replay()
-    end.record()
-    end.synchronize()
-    return float(begin.elapsed_time(end))
+    return timing.elapsed(run)
 
 
 def _reason(error: Exception) -> str:

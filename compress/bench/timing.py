@@ -27,7 +27,7 @@ def graph(calls: Sequence[Callable[[], object]]) -> float:
     for call in calls[:2]:
         call()
     torch.cuda.synchronize()
-    per = max(_elapsed(lambda: [call() for call in calls]) / len(calls), 1e-3)
+    per = max(elapsed(lambda: [call() for call in calls]) / len(calls), 1e-3)
     count = min(_MOST_CALLS, max(len(calls), math.ceil(_TARGET_MS / per)))
     count = math.ceil(count / len(calls)) * len(calls)
     recorded = torch.cuda.CUDAGraph()
@@ -37,7 +37,7 @@ def graph(calls: Sequence[Callable[[], object]]) -> float:
     for _ in range(2):
         recorded.replay()
     torch.cuda.synchronize()
-    return 1e3 * statistics.median(_elapsed(recorded.replay) for _ in range(_REPLAYS)) / count
+    return 1e3 * statistics.median(elapsed(recorded.replay) for _ in range(_REPLAYS)) / count
 
 
 def eager(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
@@ -45,13 +45,13 @@ def eager(calls: Sequence[Callable[[], object]], repeats: int = 5) -> float:
     for call in calls[:4]:
         call()
     torch.cuda.synchronize()
-    per = max(_elapsed(lambda: [call() for call in calls]) / len(calls), 1e-3)
+    per = max(elapsed(lambda: [call() for call in calls]) / len(calls), 1e-3)
     count = min(_MOST_CALLS, max(len(calls), math.ceil(_TARGET_MS / per)))
-    times = [_elapsed(lambda: [calls[i % len(calls)]() for i in range(count)]) for _ in range(repeats)]
+    times = [elapsed(lambda: [calls[i % len(calls)]() for i in range(count)]) for _ in range(repeats)]
     return 1e3 * statistics.median(times) / count
 
 
-def _elapsed(run: Callable[[], object]) -> float:
+def elapsed(run: Callable[[], object]) -> float:
     """Milliseconds on the device."""
     event: Any = torch.cuda.Event
     begin, end = event(enable_timing=True), event(enable_timing=True)

@@ -162,14 +162,4 @@ def once(calls: Sequence[Callable[[], None]]) -> float:
     with torch.cuda.graph(recorded):
         for call in (*calls,) * rounds:
             call()
-    return min(_elapsed(recorded) for _ in range(4)) / (rounds * len(calls))
-
-
-def _elapsed(recorded: torch.cuda.CUDAGraph) -> float:
-    """Microseconds of a replay."""
-    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-    begin.record()
-    recorded.replay()
-    end.record()
-    end.synchronize()
-    return 1e3 * float(begin.elapsed_time(end))
+    return 1e3 * min(timing.elapsed(recorded.replay) for _ in range(4)) / (rounds * len(calls))

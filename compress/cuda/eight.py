@@ -327,12 +327,7 @@ def _linear8_cuda(x: Tensor, *args: Any) -> Tensor:
     if x.dtype not in _NAMES or columns > MOST_COLUMNS:
         return _linear8_plain(x, *args)
     assert layer.scales.dtype == torch.float32, f"scales in {layer.scales.dtype}"
-    flat = x.reshape(-1, columns)
-    if columns % 8:
-        flat = F.pad(flat, (0, -columns % 8))
-    flat = flat.contiguous()
-    if flat.data_ptr() % 16:
-        flat = flat.clone()
+    flat = layout.inputs(x)
     out = torch.empty(len(flat), layer.rows, dtype=x.dtype, device=x.device)
     if out.numel():
         way = choose(len(flat), layer.rows, columns, x.device.index)

@@ -20,6 +20,17 @@ PAIRS = 32  # a lane and chunk
 _ROWS_AT_ONCE = 1024  # bounds the 64-bit temporaries
 
 
+def inputs(x: Tensor) -> Tensor:
+    """x [..., columns] as kernels read it: [tokens, columns], contiguous, filled up with zeros to a multiple of 8
+    columns, at a multiple of 16 bytes. Copied only if it must be."""
+    columns = x.shape[-1]
+    flat = x.reshape(-1, columns)
+    if columns % 8:
+        flat = F.pad(flat, (0, -columns % 8))
+    flat = flat.contiguous()
+    return flat.clone() if flat.data_ptr() % 16 else flat
+
+
 def tiles(rows: int) -> int:
     return -(-rows // TILE)
 

@@ -17,6 +17,8 @@ from compress.cuda import choice, layout
 from compress.cuda.boxes import boxes
 from compress.cuda.compiler import function, launch
 from compress.cuda.source import Kernel
+from compress.packed.outliers import positions
+from compress.packed.uniform import group_index
 
 #: what a code stands for, as in kernels/weights.cuh
 GRID, TABLE, BOOK, BILEVEL = range(4)
@@ -136,12 +138,7 @@ class Layer:
 def _linear_cuda(x: Tensor, *args: Any) -> Tensor:
     layer = Layer(*args)
     columns = x.shape[-1]
-    flat = x.reshape(-1, columns)
-    if columns % 8:
-        flat = F.pad(flat, (0, -columns % 8))
-    flat = flat.contiguous()
-    if flat.data_ptr() % 16:
-        flat = flat.clone()
+    flat = layout.inputs(x)
     out = torch.empty(len(flat), layer.rows, dtype=x.dtype, device=x.device)
     if out.numel():
         _product(flat, layer, out, columns)
@@ -233,17 +230,8 @@ def _dequantize(layer: Layer, columns: int, dtype: torch.dtype) -> Tensor:
         out,
     )
     if layer.outlier_rows is not None and layer.outlier_columns is not None and layer.outlier_values is not None:
-        index = outlier_positions(layer.outlier_rows, layer.outlier_columns, columns)
-        out.view(-1)[index] = layer.outlier_values.to(dtype)
+        out[positions(layer.outlier_rows, layer.outlier_columns)] = layer.outlier_values.to(dtype)
     return out
-
-
-def outlier_positions(rows: Tensor, columns: Tensor, width: int) -> Tensor:
-    """int64 [outliers]: where each lies in a matrix of `width` columns. Waits for nothing on the host."""
-    row = torch.arange(len(rows) - 1, device=rows.device)
-    row = row.repeat_interleave(rows.diff().long(), output_size=len(columns))
-    column = columns.long()
-    return row * width + (column if columns.dtype == torch.int32 else column & 0xFFFF)
 
 
 def _dequantize_cuda(*args: Any) -> Tensor:
@@ -256,8 +244,7 @@ def plain(layer: Layer, columns: int, dtype: torch.dtype) -> Tensor:
     codes = layout.unpack(layer.codes, layer.bits, layer.rows, columns, layer.kind == TABLE)
     size = layout.group_size(layer.groups, layer.shift)
     groups = 1 if size == -1 else -(-columns // size)
-    column = torch.zeros(columns, dtype=torch.long) if size == -1 else torch.arange(columns) // size
-    column = column.to(codes.device)
+    column = group_index(columns, size, codes.device)
 
     def statistic(packed: Tensor) -> Tensor:
         return layout.unpack_statistics(packed, layer.rows, groups)[:, column]
@@ -285,8 +272,7 @@ def plain(layer: Layer, columns: int, dtype: torch.dtype) -> Tensor:
         dense = scale[:, column] * (codes.float() - zero[:, column])
     dense = dense.to(dtype)
     if layer.outlier_rows is not None and layer.outlier_columns is not None and layer.outlier_values is not None:
-        index = outlier_positions(layer.outlier_rows, layer.outlier_columns, columns)
-        dense.view(-1)[index] = layer.outlier_values.to(dtype)
+        dense[positions(layer.outlier_rows, layer.outlier_columns)] = layer.outlier_values.to(dtype)
     return dense
 
 

@@ -25,7 +25,7 @@ from compress.cuda.compiler import function, launch
 from compress.cuda.source import Kernel
 from compress.cuda.support import probe
 from compress.packed.sparse import Sparse, pack_mask, unpack_mask
-from compress.packed.uniform import UniformGrid
+from compress.packed.uniform import UniformGrid, group_index
 from compress.solvers.masks import Pattern
 from compress.types import Packed, Storage
 
@@ -281,12 +281,7 @@ def dequantize(layer: PrunedGrid, columns: int, dtype: torch.dtype) -> Tensor:
 def _sparse_linear_cuda(x: Tensor, *args: Any) -> Tensor:
     layer = PrunedGrid(*args)
     columns = x.shape[-1]
-    flat = x.reshape(-1, columns)
-    if columns % 8:
-        flat = F.pad(flat, (0, -columns % 8))
-    flat = flat.contiguous()
-    if flat.data_ptr() % 16:
-        flat = flat.clone()
+    flat = layout.inputs(x)
     out = torch.empty(len(flat), layer.rows, dtype=x.dtype, device=x.device)
     if 0 < len(flat) <= MOST_TOKENS:
         few(flat, layer, out, _choose(len(flat), layer.rows, columns, x.device.index))
@@ -299,8 +294,7 @@ def plain(layer: PrunedGrid, columns: int, dtype: torch.dtype) -> Tensor:
     """The dense weight [rows, columns], by torch alone."""
     kept, mask = unpack(layer.codes, layer.bits, layer.rows, columns)
     size = layout.group_size(layer.groups, layer.shift)
-    column = torch.arange(columns // 2, device=kept.device)
-    group = torch.zeros_like(column) if size == -1 else column // size
+    group = group_index(columns // 2, size, kept.device)
     count = 1 if size == -1 else -(-columns // (2 * size))
 
     def statistic(packed: Tensor) -> Tensor:

@@ -59,10 +59,7 @@ class Outliers:
 
     def positions(self) -> tuple[Tensor, Tensor]:
         """int64 [outliers], twice: the row and the column of each."""
-        rows = torch.arange(self.shape[0], device=self.row_pointers.device)
-        rows = rows.repeat_interleave(self.row_pointers.diff().long(), output_size=len(self.columns))
-        columns = self.columns.long()
-        return rows, columns if self.columns.dtype == torch.int32 else columns & 0xFFFF
+        return positions(self.row_pointers, self.columns)
 
     def dequantize(self) -> Tensor:
         """The base with the outliers in their places: [out, in]."""
@@ -101,6 +98,13 @@ class Outliers:
         assert storage.inner is not None
         base = KINDS[storage.inner.kind].stored_bytes(storage.inner, shape, dtype)
         return base + outlier_bytes(shape, round(ASSUMED_SHARE * shape[0] * shape[1]), dtype)
+
+
+def positions(row_pointers: Tensor, columns: Tensor) -> tuple[Tensor, Tensor]:
+    """int64 [outliers], twice: the row and the column of each, from the tensors as stored. Waits for no device."""
+    rows = torch.arange(len(row_pointers) - 1, device=row_pointers.device)
+    rows = rows.repeat_interleave(row_pointers.diff().long(), output_size=len(columns))
+    return rows, columns.long() if columns.dtype == torch.int32 else columns.long() & 0xFFFF
 
 
 def storage_of(inner: Storage) -> Storage:

@@ -5,12 +5,7 @@ sparse.cu itself runs twice: on a GPU, and on a CPU through tests/kernels/emulat
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import sys
 from collections.abc import Callable
-from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -271,26 +266,6 @@ def test_algorithms_are_searched_for_once(cusparselt: dict[str, Any]) -> None:
 
 
 # --- sparse.cu on a CPU ----------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def build(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """As tests/kernels/conftest.py has it."""
-    name = "kernels_emulate"
-    if name not in sys.modules:
-        path = Path(__file__).parents[1] / "kernels" / "emulate.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        sys.modules[name] = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    emulate = sys.modules[name]
-    if not emulate.available():
-        pytest.skip("the kernels' CPU build needs g++ on Linux")
-    base = tmp_path_factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    return partial(emulate.build, work=base / "emulated")
 
 
 def emulated(build: Callable[..., Any], made: PrunedGrid, x: Tensor, way: Narrow) -> Tensor:
