@@ -209,21 +209,23 @@ def bench_decode_command(
     prompt: Annotated[int, typer.Option(min=1, help="tokens before the clock runs")] = 16,
     steps: Annotated[int, typer.Option(min=1, help="tokens while it runs")] = 128,
     dtype: _Half = "float16",
+    eager: Annotated[bool, typer.Option("--eager", help="no torch.compile: slower")] = False,
     device: _Gpu = "cuda",
     out: _Out = None,
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
     """Tokens a second of a random Llama-2-7B, greedy, its linear layers packed. Exits with 1 where one fails."""
-    from compress.bench import arguments, decode, record, tables
+    from compress.bench import arguments, decode, llama, record, tables
     from compress.bench.cases import CASES
 
     plan = decode.Plan(
         methods=arguments.names(methods, (decode.DENSE, *CASES), "--methods"),
         batches=arguments.counts(batch, "--batch"),
-        model=decode.Model(layers=layers),
+        model=llama.Model(layers=layers),
         prompt=prompt,
         steps=steps,
+        eager=eager,
         dtype=arguments.names(dtype, ("float16", "bfloat16"), "--dtype")[0],
         device=record.find_device(device),
     )

@@ -96,6 +96,15 @@ DEVICE uint2 stream8(const void* p) {
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2 + %3];" : "=r"(v.x), "=r"(v.y) : "l"(p), "n"(AT));
     return v;
 }
+// Bring a line to the L2. It may be one that an earlier kernel is still writing: the L2 is where its bytes arrive.
+DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
+// From Hopper on a kernel that calls this is launched before the one before it has ended (compress/cuda/compiler.py), and
+// waits here for that. Nothing is read, and nothing written, before.
+DEVICE void wait_for_previous() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 // Places in shared memory are passed as 32-bit numbers.
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 
@@ -110,6 +119,11 @@ DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"
 template <int N>
 DEVICE void copies_wait() {
     asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
+
+// Until so many threads of the block are here: those that call it with the same id (1 to 15).
+DEVICE void barrier_some(int id, int threads) {
+    asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 // Four 8 x 8 matrices of 16-bit numbers: lane l gives the address of row l % 8 of matrix l / 8, and gets of each

@@ -27,10 +27,6 @@ DEVICE void barrier_wait(u64* barrier, u32 parity) {
         "r"(parity)
         : "memory");
 }
-// Only `threads` threads of the block: those that call it with the same id (1 to 15).
-DEVICE void barrier_some(int id, int threads) {
-    asm volatile("barrier.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 // --- copies to shared memory, which count their bytes at a barrier ----------------------------------------------------
 

@@ -9,6 +9,9 @@
 // `pair` gives code - middle, or the table's number. narrow.cu sums x times that over a group in the tensor cores, and x
 // itself where there are offsets, and applies s and o (`group`) to those sums in float32: no rounding of a weight enters.
 // The others take the weight itself, rounded to T (`weight`). All lanes `settle` a chunk when its statistics are there.
+//
+// single.cu needs of each lane's statistics only those of steps 2 c and 2 c + 1 (c = lane % 4): `Weights<T, true>` holds
+// no more, and its `group` takes 0 or 1 for these steps.
 #pragma once
 #include "codes.cuh"
 
@@ -86,9 +89,9 @@ struct Layer {
 #ifndef OFFSET
 #define OFFSET 0
 #endif
-template <class T>
+template <class T, bool ONE = false>
 struct Weights {
-    static constexpr int GROUP_STEPS = STEPS / GROUPS;
+    static constexpr int GROUP_STEPS = STEPS / GROUPS, HELD = ONE ? (GROUPS + 3) / 4 : GROUPS;
     static constexpr bool HAS_OFFSET = OFFSET != 0;
     static constexpr int SHARED_PAIRS = 0, SHARED_WEIGHTS = 0;
     typedef typename Stored<SCALE>::Type Scale;
@@ -97,10 +100,10 @@ struct Weights {
 #else
     typedef typename Stored<SCALE>::Type Offset;
 #endif
-    static constexpr int SCALE_BYTES = GROUPS * Scale::BYTES, OFFSET_BYTES = GROUPS * Offset::BYTES;  // a lane and chunk
+    static constexpr int SCALE_BYTES = GROUPS * Scale::BYTES, OFFSET_BYTES = GROUPS * Offset::BYTES;  // two rows, a chunk
     Words<BITS> words;
-    Statistics<SCALE_BYTES> scale;
-    Statistics<OFFSET_BYTES> offset;
+    Statistics<HELD * Scale::BYTES> scale;
+    Statistics<HELD * Offset::BYTES> offset;
 
     static __device__ __forceinline__ void prepare_pairs(u8*, const Layer&, int, int) {}
     static __device__ __forceinline__ void prepare_weights(u8*, const Layer&, int, int) {}
@@ -110,8 +113,9 @@ struct Weights {
         const u8 *scales, *offsets;
         __device__ __forceinline__ Place(const Layer& layer, int tile, int lane) {
             const u64 first = (u64)tile * layer.count() * 8 + lane / 4;
-            scales = layer.scales + first * SCALE_BYTES;
-            offsets = layer.offsets + first * OFFSET_BYTES;
+            const int own = ONE ? lane % 4 * GROUPS / 4 : 0;
+            scales = layer.scales + first * SCALE_BYTES + own * Scale::BYTES;
+            offsets = layer.offsets + first * OFFSET_BYTES + own * Offset::BYTES;
         }
     };
     __device__ __forceinline__ void statistics(const Place& place, int index) {
@@ -123,6 +127,7 @@ struct Weights {
 
     // For row g (half 0) or g + 8 (half 1) of a group of the chunk.
     __device__ __forceinline__ void group(int index, int half, float& s, float& o) const {
+        index %= HELD;
         s = Scale::get(scale.w, index, half);
         constexpr float middle = 1 << (BITS - 1);
         if (OFFSET == 1) o = s * (middle - Offset::get(offset.w, index, half));
@@ -146,14 +151,14 @@ struct Weights {
 // Codes lie as bytes of two: the lower half is the first of the pair. For `pair` a byte finds both numbers, rounded to T,
 // in shared memory, where each of its 256 values has them 32 times over, once for each lane, so that no two lanes want
 // the same bank. For `weight` a code finds its float likewise, and the product with the scale is rounded once.
-template <class T>
+template <class T, bool ONE = false>
 struct Weights {
-    static constexpr int GROUP_STEPS = STEPS / GROUPS;
+    static constexpr int GROUP_STEPS = STEPS / GROUPS, HELD = ONE ? (GROUPS + 3) / 4 : GROUPS;
     static constexpr bool HAS_OFFSET = false;
     static constexpr int SHARED_PAIRS = 256 * 32 * 4, SHARED_WEIGHTS = 16 * 32 * 4;
     static constexpr int SCALE_BYTES = GROUPS * Float::BYTES;
     Words<4> words;
-    Statistics<SCALE_BYTES> scale;
+    Statistics<HELD * Float::BYTES> scale;
 
     static __device__ __forceinline__ void prepare_pairs(u8* shared, const Layer& layer, int, int threads) {
         const float* table = (const float*)layer.table;
@@ -169,6 +174,7 @@ struct Weights {
         const u8* scales;
         __device__ __forceinline__ Place(const Layer& layer, int tile, int lane) {
             scales = layer.scales + ((u64)tile * layer.count() * 8 + lane / 4) * SCALE_BYTES;
+            if (ONE) scales += lane % 4 * GROUPS / 4 * Float::BYTES;
         }
     };
     __device__ __forceinline__ void statistics(const Place& place, int index) {
@@ -182,7 +188,7 @@ struct Weights {
         return *(const u32*)(shared + row + threadIdx.x % 32 * 4);
     }
     __device__ __forceinline__ void group(int index, int half, float& s, float& o) const {
-        s = Float::get(scale.w, index, half);
+        s = Float::get(scale.w, index % HELD, half);
     }
 
     __device__ __forceinline__ u32 weight(const u8* shared, int p) const {
@@ -194,7 +200,7 @@ struct Weights {
 };
 
 #elif KIND == BOOK
-template <class T>
+template <class T, bool ONE = false>
 struct Weights {
     static constexpr int GROUP_STEPS = STEPS;
     static constexpr bool HAS_OFFSET = false;
@@ -229,8 +235,8 @@ struct Weights {
 // g + 8's: the scale's code in its lower half, the zero's in the upper. Then, once for the 16 rows, of each of the eight
 // groups four numbers: the grid of the scales (scale, zero) and that of the zeros.
 //
-// Each of the four lanes of a row works two groups out (`settle`) and the others ask it.
-template <class T>
+// Each of the four lanes of a row works two groups out (`settle`) and the others, where they need them, ask it.
+template <class T, bool ONE = false>
 struct Weights {
     static constexpr int GROUP_STEPS = 1;
     static constexpr bool HAS_OFFSET = true;
@@ -272,8 +278,8 @@ struct Weights {
     __device__ __forceinline__ u32 pair(const u8*, int p) const { return centred<T, BITS>(words, p); }
 
     __device__ __forceinline__ void group(int index, int half, float& s, float& o) const {
-        s = __shfl_sync(~0u, own[index % 2][half][0], index / 2, 4);
-        o = __shfl_sync(~0u, own[index % 2][half][1], index / 2, 4);
+        s = own[index % 2][half][0], o = own[index % 2][half][1];
+        if (!ONE) s = __shfl_sync(~0u, s, index / 2, 4), o = __shfl_sync(~0u, o, index / 2, 4);
     }
     __device__ __forceinline__ u32 weight(const u8* shared, int p) const {
         float s, o;

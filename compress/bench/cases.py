@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from compress import tables
+from compress.bench import ways
 from compress.bench.layers import Built, Case, Setting, Shape, built, codes, short, total, uniform, words
 from compress.cuda import layout, ops
 from compress.packed.dense import Dense
@@ -31,7 +32,7 @@ def of_kernel(home: str, make: Callable[[Shape, Setting], Packed], shape: Shape,
     """A packed layer in the layout of a kernel. Its definition is `Packed.linear` of float32 inputs.
 
     Args:
-        home: the kernel's module and class, "compress.cuda.pruned:PrunedGrid". If the module has a function `choose` of
+        home: the kernel's module and class, "compress.cuda.eight:EightBit". If the module has a function `choose` of
             tokens, rows, columns and device, that tells the way.
         make: makes the layer.
     """
@@ -43,6 +44,8 @@ def of_kernel(home: str, make: Callable[[Shape, Setting], Packed], shape: Shape,
     unread = total(parts) - parts["weight"].nbytes if name == "PrunedValues" else 0  # kept to restore the layer
 
     def way(tokens: int) -> str:
+        if (layer := ways.layer_of(kernel)) is not None:
+            return short(ways.chosen(layer, shape, tokens, torch.device(setting.device).index))
         if list(signature(getattr(module, "choose", way)).parameters) != ["tokens", "rows", "columns", "device"]:
             return ""
         return short(module.choose(tokens, *shape, torch.device(setting.device).index))

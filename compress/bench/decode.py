@@ -1,8 +1,8 @@
-"""Greedy decoding, end to end: tokens a second of a Llama-2-7B-shaped transformers model, its linear layers packed.
+"""Greedy decoding, end to end: tokens a second of a Llama-2-7B-shaped model, its linear layers packed.
 
 Weights are random and packed as they are drawn: there is no quantisation run, and no model to download. A step (the
 model on a static cache, argmax, the positions moved on) is captured in a CUDA graph and replayed, so that neither
-Python nor launches count.
+Python nor launches count. What lies between the products is compiled by torch.compile, the same for every method.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.bench import record, timing
+from compress.bench import llama, record, timing
 from compress.bench.cases import CASES
 from compress.bench.layers import Setting, Subject
+from compress.bench.llama import Llama, Model, Parts
 from compress.errors import CompressError
 
 DENSE = "dense"
@@ -27,17 +28,6 @@ _STD = 0.02
 _RUNS = 3
 
 Told = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Model:
-    """Sizes of a Llama; those of Llama-2-7B."""
-
-    layers: int = 32
-    hidden: int = 4096
-    intermediate: int = 11008
-    heads: int = 32
-    vocabulary: int = 32000
 
 
 @dataclass(frozen=True)
@@ -51,6 +41,7 @@ class Plan:
         device: CUDA's index.
         dtype: of what is not packed: "float16" or "bfloat16".
         prompt, steps: tokens before the clock runs, and while it does.
+        eager: the step is not compiled.
     """
 
     methods: tuple[str, ...]
@@ -60,10 +51,15 @@ class Plan:
     dtype: str = "float16"
     prompt: int = 16
     steps: int = 128
+    eager: bool = False
 
     @property
     def setting(self) -> Setting:
         return Setting(f"cuda:{self.device}", _DTYPES[self.dtype], std=_STD)
+
+    @property
+    def parts(self) -> Parts:
+        return llama.STEP if self.eager else llama.compiled()
 
 
 class Packed(nn.Module):
@@ -77,45 +73,30 @@ class Packed(nn.Module):
         return self.subject.linear(x)
 
 
-def build(model: Model, method: str, setting: Setting) -> Any:
-    """A causal language model on the device, made layer by layer: what is packed never exists in 16 bits.
+def build(model: Model, method: str, setting: Setting) -> Llama:
+    """A model on the device, made layer by layer: what is packed never exists in 16 bits.
 
     Args:
         model: its sizes.
         method: "dense", or of `CASES`: the linear layers of the blocks.
         setting: device and dtype.
     """
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    config = LlamaConfig(
-        hidden_size=model.hidden,
-        intermediate_size=model.intermediate,
-        num_hidden_layers=model.layers,
-        num_attention_heads=model.heads,
-        num_key_value_heads=model.heads,
-        vocab_size=model.vocabulary,
-        tie_word_embeddings=False,
-    )
     with torch.device("meta"):
-        made = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa", dtype=setting.dtype)
-    made.model.rotary_emb = type(made.model.rotary_emb)(config=config).to(setting.device)  # it has no parameters
+        made = Llama(model)
     if method != DENSE:
-        for block in made.model.layers:
+        for block in made.blocks:
             _pack(block, method, setting)
     for module in made.modules():
         for name, parameter in list(module.named_parameters(recurse=False)):
             module.register_parameter(name, nn.Parameter(_drawn(parameter, setting), requires_grad=False))
-    left = [name for name, part in (*made.named_parameters(), *made.named_buffers()) if part.is_meta]
-    assert not left, f"not filled: {left}"
     return made.eval()
 
 
 def _pack(block: nn.Module, method: str, setting: Setting) -> None:
-    for name, module in list(block.named_modules()):
+    for name, module in list(block.named_children()):
         if isinstance(module, nn.Linear):
-            parent, _, last = name.rpartition(".")
             subject = CASES[method].build((module.out_features, module.in_features), setting).subject
-            setattr(block.get_submodule(parent), last, Packed(subject))
+            setattr(block, name, Packed(subject))
 
 
 def _drawn(parameter: Tensor, setting: Setting) -> Tensor:
@@ -125,11 +106,11 @@ def _drawn(parameter: Tensor, setting: Setting) -> Tensor:
     return setting.normal(*parameter.shape, std=_STD)
 
 
-def weights(model: Any) -> tuple[int, int]:
+def weights(model: Llama) -> tuple[int, int]:
     """Bytes of all weights, and of those that a step reads: all but the embeddings, of which it reads a row."""
     packed = [p for m in model.modules() if isinstance(m, Packed) for p in m.subject.tensors().values()]
     total = sum(p.nbytes for p in (*model.parameters(), *packed))
-    return total, total - model.get_input_embeddings().weight.nbytes
+    return total, total - model.embedding.weight.nbytes
 
 
 class Decoder:
@@ -139,53 +120,50 @@ class Decoder:
         model: from `build`.
         batch: sequences.
         length: tokens that the cache holds, prompt included.
+        parts: of a step.
     """
 
-    def __init__(self, model: Any, batch: int, length: int) -> None:
-        from transformers import StaticCache
-
-        device = model.get_input_embeddings().weight.device
-        self.model, self.length = model, length
-        self.cache = StaticCache(config=model.config, max_cache_len=length)
+    def __init__(self, model: Llama, batch: int, length: int, parts: Parts = llama.STEP) -> None:
+        device = model.embedding.weight.device
+        self.model, self.parts = model, parts
+        self.cache = model.cache(batch, length)
         self.token = torch.zeros(batch, 1, dtype=torch.long, device=device)
         self.position = torch.zeros(1, dtype=torch.long, device=device)
         self.history = torch.zeros(batch, length, dtype=torch.long, device=device)
-        self.finite = torch.ones((), dtype=torch.bool, device=device)
-        self.places = torch.arange(length, device=device)
+        self.sum = torch.zeros((), device=device)  # of all logits: it stays infinite or nan
+
+    @property
+    def finite(self) -> bool:
+        """Whether all logits so far were."""
+        return bool(self.sum.isfinite())
 
     def prefill(self, prompt: Tensor) -> None:
         """Read a prompt [batch, tokens] and choose the first token."""
-        self._forward(prompt, torch.arange(prompt.shape[1], device=prompt.device))
-        self.position.fill_(prompt.shape[1])
+        count = prompt.shape[1]
+        self._choose(self.model(prompt, torch.arange(count, device=prompt.device), self.cache, llama.PROMPT))
+        self.position.fill_(count)
+        self._tell()
 
     def step(self) -> None:
         """Read the last token and choose the next: with nothing that waits for the host, so that it can be captured."""
-        self._forward(self.token, self.position)
+        self._choose(self.model(self.token, self.position, self.cache, self.parts))
         self.position.add_(1)
+        self._tell()
 
-    def _forward(self, tokens: Tensor, positions: Tensor) -> None:
-        """`positions` of the tokens; the choice goes to `token`, and to `history` behind the last of them."""
-        mask = (self.places <= positions[:, None])[None, None].expand(len(tokens), 1, -1, -1)
-        out = self.model(
-            input_ids=tokens,
-            attention_mask=mask,  # as the model would make it; one with four dimensions is taken as it is
-            position_ids=positions[None],
-            past_key_values=self.cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = out.logits[:, -1]
-        self.finite.logical_and_(logits.isfinite().all())
-        self.token.copy_(logits.argmax(-1, keepdim=True))
-        self.history.index_copy_(1, positions[-1:] + 1, self.token)
+    def _choose(self, logits: Tensor) -> None:
+        """`token`, by logits [batch, vocabulary]."""
+        self.sum.add_(logits.sum(dtype=torch.float32))
+        torch.argmax(logits, -1, keepdim=True, out=self.token)
+
+    def _tell(self) -> None:
+        """`history` has `token` at its position, where it will be read."""
+        self.history.index_copy_(1, self.position, self.token)
 
     def rewind(self, first: Tensor, position: int) -> None:
         """Back to where `first` [batch, 1] is the token to be read at `position`. What the cache holds behind it is
         masked until it is written again."""
         self.token.copy_(first)
         self.position.fill_(position)
-        for layer in self.cache.layers:
-            layer.cumulative_length.fill_(position)
 
 
 def run(plan: Plan, told: Told) -> dict[str, Any]:
@@ -201,10 +179,11 @@ def run(plan: Plan, told: Told) -> dict[str, Any]:
         for method in plan.methods:
             told(f"{method}: building {plan.model.layers} layers")
             rows += _method(plan, method, told)
+    _compare(rows)
     sizes = vars(plan.model) | {"parameters": parameters(plan.model)}
     return report | {
         "kind": "decode",
-        "setting": {"dtype": plan.dtype, "prompt": plan.prompt, "steps": plan.steps},
+        "setting": {"dtype": plan.dtype, "prompt": plan.prompt, "steps": plan.steps, "compiled": not plan.eager},
         "model": sizes,
         "rows": rows,
         "failed": sum(bool(r["failed"]) for r in rows),
@@ -216,6 +195,14 @@ def parameters(model: Model) -> int:
     """How many the dense model has."""
     block = 4 * model.hidden**2 + 3 * model.hidden * model.intermediate + 2 * model.hidden
     return model.layers * block + 2 * model.vocabulary * model.hidden + model.hidden
+
+
+def _compare(rows: list[dict[str, Any]]) -> None:
+    """How many times as fast as the dense model of the same batch, where that ran."""
+    dense = {row["batch"]: row["ms"] for row in rows if row["method"] == DENSE and not row["failed"]}
+    for row in rows:
+        if row["batch"] in dense and not row["failed"]:
+            row["times_dense"] = round(dense[row["batch"]] / row["ms"], 3)
 
 
 def _method(plan: Plan, method: str, told: Told) -> list[dict[str, Any]]:
@@ -249,10 +236,10 @@ def _method(plan: Plan, method: str, told: Told) -> list[dict[str, Any]]:
     return rows
 
 
-def _time(plan: Plan, model: Any, batch: int) -> tuple[float, float]:
+def _time(plan: Plan, model: Llama, batch: int) -> tuple[float, float]:
     """Milliseconds of a step, and the share of tokens that two runs from one state give differently. Raises
     CompressError for numbers that are not finite."""
-    decoder = Decoder(model, batch, -(-(plan.prompt + plan.steps + 1) // 16) * 16)
+    decoder = Decoder(model, batch, -(-(plan.prompt + plan.steps + 1) // 16) * 16, plan.parts)
     prompt = torch.randint(0, plan.model.vocabulary, (batch, plan.prompt), device=decoder.token.device)
     decoder.prefill(prompt)
     first = decoder.token.clone()
@@ -263,7 +250,7 @@ def _time(plan: Plan, model: Any, batch: int) -> tuple[float, float]:
         decoder.history.zero_()
         times.append(_replay(step, plan.steps))
         told.append(decoder.history.clone())
-    if not bool(decoder.finite):
+    if not decoder.finite:
         raise CompressError("logits are not finite")
     differing = max(float((told[0] != other).float().mean()) for other in told[1:])
     return statistics.median(times) / plan.steps, differing
@@ -274,15 +261,26 @@ def _captured(decoder: Decoder, first: Tensor, position: int) -> torch.cuda.CUDA
     aside = torch.cuda.Stream()  # type: ignore[no-untyped-call]
     aside.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(aside):
-        for _ in range(2):
-            decoder.rewind(first, position)
-            decoder.step()
+        _warm(decoder, first, position)
     torch.cuda.current_stream().wait_stream(aside)
     decoder.rewind(first, position)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         decoder.step()
     return graph
+
+
+def _warm(decoder: Decoder, first: Tensor, position: int) -> None:
+    """Two steps. Raises CompressError where something is left to run as it is that was to be compiled."""
+    from torch._dynamo import config, utils
+
+    with config.patch(recompile_limit=1 << 16):  # a graph for each batch; but 8 of them would be the limit
+        for _ in range(2):
+            decoder.rewind(first, position)
+            decoder.step()
+    if decoder.parts is not llama.STEP and not utils.counters["stats"]["unique_graphs"]:
+        what = "torch.compile did nothing"
+        raise CompressError(what, "compress bench decode", "unset TORCH_COMPILE_DISABLE and the like, or use --eager")
 
 
 def _replay(graph: torch.cuda.CUDAGraph, steps: int) -> float:
@@ -300,4 +298,6 @@ def _reason(error: Exception) -> str:
     """One line."""
     if isinstance(error, torch.OutOfMemoryError):
         return "out of memory"
-    return " ".join(str(error).split())[:300]
+    what = " ".join(str(error).split())[:300]
+    uncompiled = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    return f"torch.compile (--eager runs without it): {what}" if uncompiled else what

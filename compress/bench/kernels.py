@@ -23,7 +23,8 @@ from compress.bench.checks import coarseness, difference, poisoned
 from compress.bench.layers import Built, Case, Setting, Shape
 from compress.bench.tune import Tuned, small, tune
 from compress.bench.warm import Job, warm
-from compress.cuda import choice, tuned
+from compress.bench.ways import chosen, forget
+from compress.cuda import tuned
 from compress.errors import CompressError
 
 SHAPES: tuple[Shape, ...] = ((4096, 4096), (11008, 4096), (4096, 11008), (8192, 8192), (28672, 8192), (8192, 28672))
@@ -107,7 +108,7 @@ def run(plan: Plan, told: Told) -> dict[str, Any]:
 
 
 def _tune(plan: Plan, told: Told) -> list[Tuned]:
-    """Find the fastest ways, and let `choice.choose` know them."""
+    """Find the fastest ways, and let the operators know them."""
     if plan.group != 128 or plan.asymmetric:
         remedy = "leave --group and --asymmetric away"
         raise CompressError("the table is for symmetric groups of 128", "--tune", remedy)
@@ -117,7 +118,7 @@ def _tune(plan: Plan, told: Told) -> list[Tuned]:
         found += part
         entries = [t.entry for t in part]
         tuned.save(card.name, (card.major, card.minor), card.multi_processor_count, record.today(), entries)
-    choice.choose.cache_clear()
+    forget()
     told(f"saved {len(found)} launch shapes: {tuned.user_file(card.name)}")
     return found
 
@@ -129,11 +130,9 @@ def _warm(plan: Plan, told: Told) -> None:
         layer = small(kind, plan.setting)
         if layer is None:
             continue
-        for rows, columns in plan.shapes:
+        for shape in plan.shapes:
             for count in plan.tokens:
-                kept = layer.outlier_rows is not None
-                way = choice.choose(layer.kind, layer.bits, count, rows, columns, plan.device, kept)
-                jobs.append(Job(kind, plan.setting, count, way))
+                jobs.append(Job(kind, plan.setting, count, chosen(layer, shape, count, plan.device)))
     told("compiling kernels")
     warm(jobs)
 

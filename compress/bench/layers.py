@@ -96,7 +96,7 @@ class Laid:
     def tensors(self) -> dict[str, Tensor]:
         return {k: v for k, v in vars(self.layer).items() if isinstance(v, Tensor)}
 
-    def way(self, tokens: int, columns: int) -> choice.Narrow | choice.Wide | choice.Library:
+    def way(self, tokens: int, columns: int) -> choice.Way:
         """How the operator would multiply so many inputs."""
         x, outliers = self.layer, self.layer.outlier_rows is not None
         return choice.choose(x.kind, x.bits, tokens, x.rows, columns, x.codes.device.index, outliers)

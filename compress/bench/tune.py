@@ -18,10 +18,10 @@ from torch import Tensor
 from compress.bench import timing
 from compress.bench.cases import CASES
 from compress.bench.checks import coarseness, difference
-from compress.bench.layers import Laid, Setting, Shape, short
+from compress.bench.layers import Setting, Shape, short
 from compress.bench.warm import Job, warm
-from compress.bench.ways import Way, candidates, multiply, written
-from compress.cuda import ops, support
+from compress.bench.ways import Layer, Way, candidates, chosen, layer_of, multiply, written
+from compress.cuda import support
 from compress.cuda.tuned import Entry
 from compress.errors import CompressError
 
@@ -56,10 +56,9 @@ class Tuned:
         }  # fmt: skip
 
 
-def small(kind: str, setting: Setting) -> ops.Layer | None:
+def small(kind: str, setting: Setting) -> Layer | None:
     """A layer of a kind, as small as they come and on the CPU; None where there are no ways to choose from."""
-    subject = CASES[kind].build((16, 128), replace(setting, device="cpu")).subject
-    return subject.layer if isinstance(subject, Laid) else None
+    return layer_of(CASES[kind].build((16, 128), replace(setting, device="cpu")).subject)
 
 
 def tune(
@@ -102,18 +101,18 @@ def tune(
 
 def _layers(
     kind: str, shape: Shape, tokens: Sequence[int], setting: Setting
-) -> tuple[list[ops.Layer], dict[int, tuple[Tensor, Tensor]]]:
+) -> tuple[list[Layer], dict[int, tuple[Tensor, Tensor]]]:
     """Copies to go round, and inputs with their products by the number of tokens."""
     built = CASES[kind].build(shape, setting)
-    assert isinstance(built.subject, Laid)
-    reference, layer = built.reference(), built.subject.layer
+    reference, layer = built.reference(), layer_of(built.subject)
+    assert layer is not None
     inputs = {count: setting.normal(count, shape[1]) for count in tokens}
     count = timing.copies(built.size, torch.cuda.current_device())
     return [copy.deepcopy(layer) for _ in range(count)], {n: (x, reference(x)) for n, x in inputs.items()}
 
 
 def _case(
-    kind: str, layers: list[ops.Layer], known: tuple[Tensor, Tensor], ways: Sequence[Way], failed: dict[str, str]
+    kind: str, layers: list[Layer], known: tuple[Tensor, Tensor], ways: Sequence[Way], failed: dict[str, str]
 ) -> Tuned:
     """The winner of the ways for one number of tokens; `failed` grows."""
     (x, expected), layer = known, layers[0]
@@ -122,7 +121,7 @@ def _case(
     def calls(way: Way) -> list[Callable[[], None]]:
         return [partial(multiply, x, each, out, way) for each in layers]
 
-    before = Laid(layer).way(len(x), x.shape[1])
+    before = chosen(layer, (layer.rows, x.shape[1]), len(x), out.device.index)
     first: dict[Way, float] = {}
     for way in dict.fromkeys((before, *ways)):
         reason = _wrong(calls(way)[0], out, expected, CASES[kind].limit * coarseness(x.dtype))

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from compress.bench.cases import CASES
-from compress.bench.layers import Laid, Setting
-from compress.bench.ways import Way, multiply
+from compress.bench.layers import Setting
+from compress.bench.ways import Way, layer_of, multiply
 
 _SHAPE = (128, 2048)  # of a layer that stands for all of its kind
 _FEW = 8  # kernels that are compiled as they are met
@@ -52,15 +52,16 @@ def warm(jobs: Sequence[Job]) -> dict[Job, str]:
 
 def _compile(job: Job) -> str:
     """In a process of its own, where launching does nothing. What went wrong, or nothing."""
-    from compress.cuda import ops
+    from compress.cuda import ops, pruned
     from compress.errors import CompressError
 
-    vars(ops)["launch"] = lambda *launch: None
+    for module in (ops, pruned):
+        vars(module)["launch"] = lambda *launch: None
     try:
-        subject = CASES[job.kind].build(_SHAPE, job.setting).subject
-        assert isinstance(subject, Laid)
+        layer = layer_of(CASES[job.kind].build(_SHAPE, job.setting).subject)
+        assert layer is not None
         x = job.setting.normal(job.tokens, _SHAPE[1])
-        multiply(x, subject.layer, x.new_empty(job.tokens, _SHAPE[0]), job.way)
+        multiply(x, layer, x.new_empty(job.tokens, _SHAPE[0]), job.way)
     except (CompressError, RuntimeError) as error:
         return str(error)
     return ""

@@ -1,4 +1,7 @@
-"""The ways in which a layer in fragment order can be multiplied: to run one, to write it down, to list those to try."""
+"""The ways in which a layer can be multiplied: to run one, to write it down, to list those to try.
+
+Layers in fragment order have them, and those on a grid that are pruned 2:4; what differs between the two stands here.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,56 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from compress.cuda import choice, ops
+from compress.bench.layers import Laid, Shape, Subject
+from compress.cuda import choice, layout, ops, pruned
+from compress.cuda.pruned import PrunedGrid
 from compress.cuda.tuned import Way as Written
 
 Way = choice.Way
+Few = choice.Single | choice.Narrow
+Layer = ops.Layer | PrunedGrid
 
 _REGISTERS, _MOST_REGISTERS = 65536, 255  # of a multiprocessor, of a thread
 _OTHERS = 48  # registers of a thread besides codes, statistics and sums
-_PITCH = 272  # bytes of a token's part of a chunk
 _SIZES = (8, 16, 32, 64, 128, 256)  # tokens of a block of wide.cu
 _SHARES = ((1, 1, 256), (1, 2, 64), (2, 1, 64), (3, 1, 16))  # its blocks and phases, up to so many tokens
 
 
-def multiply(x: Tensor, layer: ops.Layer, out: Tensor, way: Way) -> None:
+def layer_of(subject: Subject) -> Layer | None:
+    """What is multiplied, of what is timed; None where there are no ways to choose from."""
+    if isinstance(subject, Laid):
+        return subject.layer
+    return subject if isinstance(subject, PrunedGrid) else None
+
+
+def chosen(layer: Layer, shape: Shape, tokens: int, device: int) -> Way:
+    """How the operator would multiply so many inputs by a layer of that kind and of some shape."""
+    if isinstance(layer, PrunedGrid):
+        return pruned.choose(layer.bits, tokens, *shape, device)
+    return choice.choose(layer.kind, layer.bits, tokens, *shape, device, layer.outlier_rows is not None)
+
+
+def forget() -> None:
+    """Let `chosen` look into the table again."""
+    choice.choose.cache_clear()
+    pruned.choose.cache_clear()
+
+
+def multiply(x: Tensor, layer: Layer, out: Tensor, way: Way) -> None:
     """x [tokens, columns] times a layer into out, in one way."""
-    if isinstance(way, choice.Narrow):
+    if isinstance(way, choice.Library):
+        known = torch.ops.compress
+        dense = known.sparse_dequantize if isinstance(layer, PrunedGrid) else known.dequantize
+        torch.mm(x, dense(*layer.arguments, x.shape[1], x.dtype).t(), out=out)
+    elif isinstance(layer, PrunedGrid):
+        assert isinstance(way, choice.Narrow)
+        pruned.few(x, layer, out, way)
+    elif isinstance(way, choice.Single):
+        ops.single(x, layer, out, way)
+    elif isinstance(way, choice.Narrow):
         ops.narrow(x, layer, out, way)
-    elif isinstance(way, choice.Wide):
-        ops.broad(x, layer, out, way)
     else:
-        weight = torch.ops.compress.dequantize(*layer.arguments, x.shape[1], x.dtype)
-        torch.mm(x, weight.t(), out=out)
+        ops.broad(x, layer, out, way)
 
 
 def written(way: Way) -> Written:
@@ -35,9 +67,7 @@ def written(way: Way) -> Written:
     return (type(way).__name__.lower(), *vars(way).values())
 
 
-def candidates(
-    layer: ops.Layer, shape: tuple[int, int], tokens: int, hopper: bool, processors: int, shared: int
-) -> list[Way]:
+def candidates(layer: Layer, shape: Shape, tokens: int, hopper: bool, processors: int, shared: int) -> list[Way]:
     """What is worth a try: what fits registers and shared memory, and is not plainly too small or too large.
 
     Args:
@@ -48,7 +78,11 @@ def candidates(
         processors: multiprocessors.
         shared: bytes of shared memory that a block can have.
     """
-    found: list[Way] = [w for w in _narrow(tokens) if _fits(w, layer, shape, tokens, shared)]
+    sparse = isinstance(layer, PrunedGrid)
+    few = _single() if tokens == 1 and not sparse else _narrow(tokens, 1 if sparse else 2, hopper)
+    found: list[Way] = [way for way in few if _fits(way, layer, shape, tokens, shared, processors)]
+    if isinstance(layer, PrunedGrid):  # it is dequantised for more inputs than that, and only then
+        return found or [choice.Library()]
     if hopper and layer.outlier_rows is None and tokens > 2:
         found += dict.fromkeys(_wide(layer, shape, tokens, processors))
     if tokens >= 64 or not found:
@@ -56,32 +90,63 @@ def candidates(
     return found
 
 
-def _narrow(tokens: int) -> Iterator[choice.Narrow]:
+def _single() -> Iterator[choice.Single]:
+    for row_tiles in (1, 2, 4):
+        for warps in (4, 8, 16):
+            for depth in (2, 3, 4, 6):
+                yield choice.Single(row_tiles, warps, depth)
+
+
+def _narrow(tokens: int, least: int, hopper: bool) -> Iterator[choice.Narrow]:
+    """`least`: chunks on their way, for up to 16 tokens."""
     if tokens > 64:
         return
     most = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     for token_tiles in (most, most // 2) if most > 2 else (most,):
-        for row_tiles in (1, 2) if most == 1 else (1, 2, 4):
-            for warps in (4, 8, 16):
-                for depth in (2, 3, 4) if most == 1 else (1, 2, 3):
-                    yield choice.Narrow(token_tiles, row_tiles, warps, depth)
+        for row_tiles in (1, 2, 4) if most == 2 else (1, 2):
+            for beside in (1, 2, 4):
+                for warps in (4, 8, 16) if beside == 1 else (2, 4, 8):
+                    for depth in range(least, least + 3) if most <= 2 else (1, 2):
+                        for split in (1, 2, 4) if hopper else (1,):
+                            yield choice.Narrow(token_tiles, row_tiles, warps, depth, beside, split)
 
 
-def _fits(way: choice.Narrow, layer: ops.Layer, shape: tuple[int, int], tokens: int, shared: int) -> bool:
+def _fits(way: Few, layer: Layer, shape: Shape, tokens: int, shared: int, processors: int) -> bool:
     """By an estimate; what still does not fit fails when it is compiled or launched, and costs a moment."""
-    if way.warps > max(4, -(-shape[1] // 128)) or way.row_tiles * 16 > max(16, shape[0]):
+    chunks = -(-shape[1] // (pruned.CHUNK if isinstance(layer, PrunedGrid) else layout.CHUNK))
+    held = way.depth * way.row_tiles * _held(layer)
+    if isinstance(way, choice.Single):
+        tiles, threads, split = way.row_tiles, 32 * way.warps, 1
+        registers = held + 6 * way.row_tiles + 2 * way.depth + _OTHERS
+    else:
+        tiles, threads, split = way.tiles, 32 * way.warps * way.beside, way.split
+        registers = held + 4 * way.row_tiles * (way.token_tiles + 1) + 4 * way.token_tiles + _OTHERS
+    blocks = -(-shape[0] // (16 * tiles)) * split
+    if (split > 1 and blocks > 3 * processors) or way.warps * split > max(4, chunks) or tiles * 16 > max(16, shape[0]):
         return False
-    statistics = 12 if layer.kind == ops.BILEVEL else layer.groups * (2 if layer.offsets is not None else 1)
-    held = way.depth * way.row_tiles * (2 * layer.bits + statistics)
-    registers = held + 4 * way.row_tiles * (way.token_tiles + 1) + 4 * way.token_tiles + _OTHERS
-    if registers > min(_MOST_REGISTERS, _REGISTERS // (32 * way.warps)):
+    if tiles > 2 and blocks < processors // 3:
         return False
-    taken = 8 * way.token_tiles
-    inputs = way.warps * way.depth * min(tokens, taken) * _PITCH
-    sums = way.warps * way.row_tiles * 16 * (taken + 1) * 4
-    tables = {ops.TABLE: 32768 if way.token_tiles == 1 else 2048, ops.BOOK: way.row_tiles * 32 * (2**layer.bits + 2)}
-    corrections = 64 * way.row_tiles * taken if layer.outlier_rows is not None else 0
-    return bool(tables.get(layer.kind, 0) + corrections + max(inputs, sums) <= shared)
+    if threads > 512 or registers > min(_MOST_REGISTERS, _REGISTERS // threads):
+        return False
+    return _shared(way, layer, tokens) <= shared
+
+
+def _held(layer: Layer) -> int:
+    """Registers of a thread for a chunk of a tile: codes, statistics and, of a pruned layer, where the codes belong."""
+    places, offsets = (pruned.PLACES // 32, layer.zeros) if isinstance(layer, PrunedGrid) else (0, layer.offsets)
+    statistics = 12 if layer.kind == ops.BILEVEL else layer.groups * (1 if offsets is None else 2)
+    return 2 * layer.bits + statistics + places
+
+
+def _shared(way: Few, layer: Layer, tokens: int) -> int:
+    """Bytes of shared memory of a block."""
+    if isinstance(layer, PrunedGrid):
+        assert isinstance(way, choice.Narrow)
+        return pruned.shared_bytes(way, tokens)
+    outliers = layer.outlier_rows is not None
+    if isinstance(way, choice.Single):
+        return way.shared(layer.kind, layer.bits, outliers)
+    return way.shared(layer.kind, layer.bits, layer.groups, tokens, outliers)
 
 
 def _wide(layer: ops.Layer, shape: tuple[int, int], tokens: int, processors: int) -> Iterator[choice.Wide]:

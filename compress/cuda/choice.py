@@ -11,6 +11,27 @@ from compress.cuda import tuned
 
 _STAGE = 1024  # bytes to which a stage of wide.cu is rounded up
 _SHARED = 226 * 1024  # bytes of shared memory that wide.cu may ask for on sm_90
+_TABLE, _BOOK = 1, 2  # kinds of ops.py that have tables in shared memory
+
+
+@dataclass(frozen=True)
+class Single:
+    """Shape of a launch of single.cu.
+
+    Attributes:
+        row_tiles: 16 rows each, of a block.
+        warps: of a block; they share out the columns.
+        depth: chunks that each has on their way.
+    """
+
+    row_tiles: int
+    warps: int
+    depth: int
+
+    def shared(self, kind: int, bits: int, outliers: bool) -> int:
+        """Bytes of shared memory of a block."""
+        tables = {_TABLE: 256 * 32 * 4, _BOOK: self.row_tiles * _book(bits)}.get(kind, 0)
+        return int(tables + 64 * self.row_tiles * (self.warps + outliers))
 
 
 @dataclass(frozen=True)
@@ -20,14 +41,46 @@ class Narrow:
     Attributes:
         token_tiles: 8 tokens each.
         row_tiles: 16 rows each, of a warp.
-        warps: of a block; they share out the columns.
+        warps: teams of a block, of a warp each unless `beside` is more; they share out the columns.
         depth: chunks that each has on their way.
+        beside: warps of a team, with rows of their own.
+        split: blocks that share out the columns: more than 1 on Hopper only.
     """
 
     token_tiles: int
     row_tiles: int
     warps: int
     depth: int
+    beside: int = 1
+    split: int = 1
+
+    @property
+    def tiles(self) -> int:
+        """Of 16 rows, of a block."""
+        return self.row_tiles * self.beside
+
+    @property
+    def macros(self) -> tuple[tuple[str, int], ...]:
+        """Of narrow.cu."""
+        return (
+            ("NT", self.token_tiles), ("RT", self.row_tiles), ("WARPS", self.warps), ("DEPTH", self.depth),
+            ("BESIDE", self.beside), ("SPLIT", self.split),
+        )  # fmt: skip
+
+    def grid(self, tokens: int, rows: int) -> tuple[int, int, int]:
+        """Blocks in x, y, z."""
+        return -(-rows // (16 * self.tiles)), -(-tokens // (8 * self.token_tiles)), self.split
+
+    def shared(self, kind: int, bits: int, groups: int, tokens: int, outliers: bool, chunk: int = 128) -> int:
+        """Bytes of shared memory of a block for so many inputs; chunks of so many columns and groups."""
+        taken = 8 * self.token_tiles
+        after = self.token_tiles == 1 or (self.token_tiles == 2 and groups <= 2)  # as in narrow.cu
+        lookup = (256 if after else 16) * 32 * 4
+        tables = {_TABLE: lookup, _BOOK: self.tiles * _book(bits)}.get(kind, 0)
+        corrections = 64 * self.tiles // self.split * taken if outliers else 0
+        inputs = self.warps * self.depth * min(tokens, taken) * (2 * chunk + 16)
+        sums = 64 * self.tiles * (self.warps * (taken + 1) + (taken if self.split > 1 else 0))
+        return int(tables + corrections + max(inputs, sums))
 
 
 @dataclass(frozen=True)
@@ -51,7 +104,7 @@ class Wide:
     def shared(self, kind: int, bits: int) -> int:
         """Bytes of shared memory of a block."""
         stage = self.tokens * 256 + -(-8 * 256 * bits // _STAGE) * _STAGE
-        tables = {1: 16 * 32 * 4, 2: 8 * 16 * (2**bits + 2) * 2}.get(kind, 0)
+        tables = {_TABLE: 16 * 32 * 4, _BOOK: 8 * _book(bits)}.get(kind, 0)
         sums = self.tokens * (132 * 4 if self.split > 1 else 512 if self.phases > 1 else 272)
         return int(max(self.stages * stage + tables, sums))
 
@@ -61,11 +114,16 @@ class Library:
     """Dequantise, then the library's product."""
 
 
-Way = Narrow | Wide | Library
-_NAMES: dict[str, type[Way]] = {"narrow": Narrow, "wide": Wide, "library": Library}
+Way = Single | Narrow | Wide | Library
+_NAMES: dict[str, type[Way]] = {"single": Single, "narrow": Narrow, "wide": Wide, "library": Library}
 
 #: kinds of ops.py whose weights cost more to make than a block of wide.cu can hide
 _SLOW_TO_MAKE = (2, 3)
+
+
+def _book(bits: int) -> int:
+    """Bytes of a tile's numbers of BOOK."""
+    return int(16 * (2**bits + 2) * 2)
 
 
 @functools.cache
@@ -88,14 +146,14 @@ def choose(kind: int, bits: int, tokens: int, rows: int, columns: int, device: i
     """
     hopper, processors, name = _card(device)
     known = tuned.nearest(tuned.load(name), kind, bits, tokens, rows, columns)
-    found = None if known is None else _way(known)
+    found = None if known is None else parsed(known)
     if found is not None and not (outliers and isinstance(found, Wide)):
         return found
     return rule(kind, bits, tokens, rows, columns, hopper, processors, outliers)
 
 
-def _way(written: tuned.Way) -> Way | None:
-    """None for one that an older version wrote."""
+def parsed(written: tuned.Way) -> Way | None:
+    """A way of the table; None for one that an older version wrote."""
     name, *numbers = written
     kind = _NAMES.get(str(name))
     return kind(*map(int, numbers)) if kind is not None and len(fields(kind)) == len(numbers) else None
@@ -105,12 +163,21 @@ def rule(
     kind: int, bits: int, tokens: int, rows: int, columns: int, hopper: bool, processors: int, outliers: bool
 ) -> Way:
     """What is done where nothing similar was measured."""
+    if tokens == 1:
+        return single(bits, rows, columns, processors)
     few = 8 if hopper and kind not in _SLOW_TO_MAKE else 16
     if tokens <= few or (tokens <= 16 and rows <= 4096) or (tokens <= 64 and not hopper and not outliers):
         return narrow(kind, bits, tokens, rows, columns, processors)
     if hopper and not outliers and kind not in _SLOW_TO_MAKE:
         return wide(kind, bits, tokens, rows, columns, processors)
     return Library()
+
+
+def single(bits: int, rows: int, columns: int, processors: int) -> Single:
+    """The rule for one token."""
+    tiles, chunks = -(-rows // 16), -(-columns // 128)
+    warps = 4 if chunks < 8 else 16 if chunks > 64 else 8
+    return Single(2 if tiles >= processors else 1, warps, 2 if bits == 8 or warps == 16 else 3)
 
 
 def narrow(kind: int, bits: int, tokens: int, rows: int, columns: int, processors: int) -> Narrow:

@@ -9,10 +9,15 @@ What CuPy 14.2 does, read in its source, where this file leans on it:
 - A Python int is handed over as 8 bytes, of which an `int` parameter takes the lower 4; a Python float as a double, of
   which a `float` parameter would take garbage. Function.__call__ takes of a stream nothing but `ptr`.
 - `RawKernel.kernel` and its attributes are those of the device that is current when they are asked for.
+- It has no way to ask for a launch that overlaps the kernel before (programmatic dependent launch): for kernels that
+  call `wait_for_previous` (kernels/device.cuh) the driver is called instead, on Hopper and later.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import sys
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,12 +28,15 @@ import torch
 from torch import Tensor
 
 from compress.cuda.source import Kernel, options, text
-from compress.cuda.support import probe
+from compress.cuda.support import driver_version, probe
 from compress.errors import CompressError
 
 _BLOCK_SHARED = 48 * 1024  # bytes of shared memory that a block may have without asking
 _REMEDY = "set COMPRESS_KERNELS=0 to run without GPU kernels"
 _LINES = 3  # of the compiler's messages that an error repeats
+_EARLY = "wait_for_previous();"  # in a kernel that may begin before the one before it has ended
+_EARLY_DRIVER = 12030  # the first that captures such launches in graphs
+_SERIALIZATION = 6  # of CUDA's driver API: CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
 
 _lock = threading.Lock()
 _functions: dict[tuple[Kernel, int], Function] = {}
@@ -44,12 +52,14 @@ class Function:
         device: CUDA's index.
         raw: cupy.RawKernel, for its attributes.
         run: cupy.cuda.function.Function; the module is kept by it.
+        early: it is launched before the kernel before it has ended, and waits for that itself.
     """
 
     kernel: Kernel
     device: int
     raw: Any
     run: Any
+    early: bool = False
 
 
 def function(kernel: Kernel, device: int) -> Function:
@@ -78,12 +88,14 @@ def _compile(kernel: Kernel, device: int) -> Function:
     support = probe(device)
     try:
         flags = _known(options(kernel, support.capability), support.capability, nvrtc.getSupportedArchs())
+        code = text(kernel.file)
+        early = _EARLY in code and support.capability >= (9, 0) and driver_version() >= _EARLY_DRIVER
         with cupy.cuda.Device(device):
-            module = cupy.RawModule(code=text(kernel.file), options=flags, backend="nvrtc")
+            module = cupy.RawModule(code=code, options=flags, backend="nvrtc")
             raw = module.get_function(kernel.name)
             if support.shared > _BLOCK_SHARED:
                 raw.max_dynamic_shared_size_bytes = support.shared - raw.shared_size_bytes
-            return Function(kernel, device, raw, raw.kernel)
+            return Function(kernel, device, raw, raw.kernel, early)
     except CompileException as error:
         where = f"NVRTC {support.nvrtc} on {support.name}"
         raise _error(kernel, f"does not compile with {where}", error, "update CuPy and CUDA, or ") from error
@@ -126,6 +138,8 @@ def launch(
         with torch.cuda.device(device):
             return launch(function, grid, block, args, shared, x)
     handle = torch._C._cuda_getCurrentRawStream(device)
+    if function.early:
+        return _launch_early(function, grid, block, args, shared, handle)
     stream = _streams.get((device, handle))
     if stream is None:
         stream = _streams[device, handle] = _stream(handle)
@@ -133,9 +147,59 @@ def launch(
     try:
         function.run(grid, block, values, shared, stream)
     except RuntimeError as error:
-        what = f"launch of {grid} blocks of {block} threads, {shared} bytes of shared memory failed"
-        remedy = "if an earlier kernel failed, CUDA_LAUNCH_BLOCKING=1 shows which; else "
-        raise _error(function.kernel, what, error, remedy) from error
+        raise _refused(function, grid, block, shared, error) from error
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute."""
+
+    _fields_ = (("id", ctypes.c_int), ("pad", ctypes.c_int), ("value", ctypes.c_int), ("rest", ctypes.c_int * 15))
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = (
+        ("grid", ctypes.c_uint * 3), ("block", ctypes.c_uint * 3), ("shared", ctypes.c_uint),
+        ("stream", ctypes.c_void_p), ("attributes", ctypes.c_void_p), ("count", ctypes.c_uint),
+    )  # fmt: skip
+
+
+_allowed = _Attribute(_SERIALIZATION, 0, 1)
+
+
+def _launch_early(
+    function: Function, grid: tuple[int, ...], block: tuple[int, ...], args: Sequence[Any], shared: int, stream: int
+) -> None:
+    """As `launch`, with an edge in a CUDA graph that lets the kernel begin before the one before it has ended."""
+    numbers = [_number(value) for value in args]
+    parameters = (ctypes.c_void_p * len(numbers))(*map(ctypes.addressof, numbers))
+    config = _Config(_three(grid), _three(block), shared, stream, ctypes.addressof(_allowed), 1)
+    error = _driver().cuLaunchKernelEx(ctypes.byref(config), ctypes.c_void_p(function.run.ptr), parameters, None)
+    if error:
+        raise _refused(function, grid, block, shared, RuntimeError(f"CUDA error {error}"))
+
+
+def _number(value: Any) -> Any:
+    """A parameter's bytes; of a whole number an `int` parameter takes the lower 4."""
+    return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_longlong(_argument(value))
+
+
+def _three(size: tuple[int, ...]) -> tuple[int, ...]:
+    return (*size, 1, 1)[:3]
+
+
+@functools.cache
+def _driver() -> Any:
+    return ctypes.CDLL("nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1")
+
+
+def _refused(
+    function: Function, grid: tuple[int, ...], block: tuple[int, ...], shared: int, error: Exception
+) -> CompressError:
+    what = f"launch of {grid} blocks of {block} threads, {shared} bytes of shared memory failed"
+    remedy = "if an earlier kernel failed, CUDA_LAUNCH_BLOCKING=1 shows which; else "
+    return _error(function.kernel, what, error, remedy)
 
 
 @dataclass(frozen=True)

@@ -150,7 +150,9 @@ def _product(x: Tensor, layer: Layer, out: Tensor, columns: int) -> None:
     way = choice.choose(
         layer.kind, layer.bits, len(x), layer.rows, columns, x.device.index, layer.outlier_rows is not None
     )
-    if isinstance(way, choice.Narrow):
+    if isinstance(way, choice.Single):
+        single(x, layer, out, way)
+    elif isinstance(way, choice.Narrow):
         narrow(x, layer, out, way)
     elif isinstance(way, choice.Wide):
         broad(x, layer, out, way)
@@ -170,28 +172,37 @@ def _by_library(x: Tensor, layer: Layer, out: Tensor) -> None:
         torch.mm(x, _dequantize(part, x.shape[1], x.dtype).t(), out=out[:, start:stop])
 
 
+def single(x: Tensor, layer: Layer, out: Tensor, way: choice.Single) -> None:
+    """One token, by single.cu."""
+    outliers = layer.outlier_rows is not None
+    shape = (("RT", way.row_tiles), ("WARPS", way.warps), ("DEPTH", way.depth), ("OUTLIERS", int(outliers)))
+    launch(
+        function(layer.kernel("single", x.dtype, *shape), x.device.index),
+        (-(-layout.tiles(layer.rows) // way.row_tiles),),
+        (32 * (way.warps + (4 if outliers else 0)),),
+        (
+            *layer.weight, layer.outlier_rows, layer.outlier_columns, layer.outlier_steps,
+            x, out, layer.rows, x.shape[1], layer.chunks, layer.shift,
+        ),
+        way.shared(layer.kind, layer.bits, outliers),
+        x,
+    )  # fmt: skip
+
+
 def narrow(x: Tensor, layer: Layer, out: Tensor, way: choice.Narrow) -> None:
     """By narrow.cu."""
     tokens, columns = x.shape
     outliers = layer.outlier_rows is not None
-    shape = (("NT", way.token_tiles), ("RT", way.row_tiles), ("WARPS", way.warps), ("DEPTH", way.depth))
-    kernel = layer.kernel("narrow", x.dtype, *shape, ("FEW", int(tokens <= 2)), ("OUTLIERS", int(outliers)))
-    taken = 8 * way.token_tiles
-    lookup = 256 * 32 * 4 if way.token_tiles == 1 else 16 * 32 * 4
-    tables = {TABLE: lookup, BOOK: way.row_tiles * 16 * (2**layer.bits + 2) * 2}.get(layer.kind, 0)
-    corrections = 16 * way.row_tiles * taken * 4 if outliers else 0
-    inputs = way.warps * way.depth * min(tokens, taken) * _PITCH
-    sums = way.warps * way.row_tiles * 16 * (taken + 1) * 4
-    grid = (-(-layout.tiles(layer.rows) // way.row_tiles), -(-tokens // taken))
+    kernel = layer.kernel("narrow", x.dtype, *way.macros, ("OUTLIERS", int(outliers)), hopper=way.split > 1)
     launch(
         function(kernel, x.device.index),
-        grid,
-        (32 * (way.warps + (4 if outliers else 0)),),
+        way.grid(tokens, layer.rows),
+        (32 * (way.warps * way.beside + (4 if outliers else 0)),),
         (
             *layer.weight, layer.outlier_rows, layer.outlier_columns, layer.outlier_steps,
             x, out, tokens, layer.rows, columns, layer.chunks, layer.shift,
         ),
-        tables + corrections + max(inputs, sums),
+        way.shared(layer.kind, layer.bits, layer.groups, tokens, outliers),
         x,
     )  # fmt: skip
 

@@ -1,7 +1,7 @@
 """Layers of which two of every four weights in a row are kept, on sparse tensor cores.
 
-`PrunedGrid`: on a uniform grid, by kernels/sparse.cu: the operators `compress::sparse_linear` and
-`compress::sparse_dequantize`, registered with torch as those of `compress.cuda.ops`. (Plain values: cusparselt.py.)
+`PrunedGrid`: on a uniform grid, by kernels/narrow.cu and dequantize_sparse.cu: the operators `compress::sparse_linear`
+and `compress::sparse_dequantize`, registered with torch as those of `compress.cuda.ops`. (Plain values: cusparselt.py.)
 
 The layout of `PrunedGrid` is that of `compress.cuda.layout` with only the kept columns counted, and behind the codes of
 a chunk (16 rows, 256 columns, 128 of them kept) 512 bytes that say where they belong: `_places` has their order.
@@ -10,7 +10,7 @@ a chunk (16 rows, 256 columns, 128 of them kept) 512 bytes that say where they b
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from typing import Any, ClassVar, Self
 
@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress import bits as bitpack
-from compress.cuda import layout
-from compress.cuda.choice import Narrow
+from compress.cuda import layout, tuned
+from compress.cuda.choice import Library, Narrow, parsed
 from compress.cuda.compiler import function, launch
 from compress.cuda.source import Kernel
 from compress.cuda.support import probe
@@ -31,11 +31,14 @@ from compress.types import Packed, Storage
 
 TWO_OF_FOUR = Pattern(2, 4)
 FOURS = 64  # groups of four columns in a row of a chunk
+CHUNK = 4 * FOURS  # columns
 PLACES = 128  # words of a chunk that say where codes belong
 _BAND_ROWS = layout.BAND * layout.TILE
 _ROWS_AT_ONCE = 16 * _BAND_ROWS  # bounds the 64-bit temporaries
 MOST_TOKENS = 64  # that the kernel takes; for more the weight is dequantised
-_PITCH = 16 * FOURS // 2 + 16  # bytes of a token's part of a chunk in shared memory, as in sparse.cu
+#: the kind of a `PrunedGrid` in the table of tuned.py; those below are of ops.py
+PRUNED = 4
+_GRID_KIND = 0  # of kernels/weights.cuh
 _DENSE_PITCH = 16 * FOURS // 2 + 32
 _NAMES = {torch.float16: "Half", torch.bfloat16: "BFloat", torch.float32: "Float"}
 
@@ -141,6 +144,7 @@ class PrunedGrid:
     """
 
     dtypes: ClassVar[tuple[torch.dtype, ...]] = (torch.float16, torch.bfloat16)
+    kind: ClassVar[int] = PRUNED
 
     codes: Tensor
     scales: Tensor
@@ -209,53 +213,78 @@ class PrunedGrid:
     def pointers(self) -> tuple[int, int, int]:
         return self.codes.data_ptr(), self.scales.data_ptr(), 0 if self.zeros is None else self.zeros.data_ptr()
 
-    def kernel(self, name: str, dtype: torch.dtype, *more: tuple[str, int]) -> Kernel:
-        """The variant of `sparse` or `dequantize_sparse` for this layer."""
+    def kernel(self, name: str, dtype: torch.dtype, *more: tuple[str, int | str], hopper: bool = False) -> Kernel:
+        """The variant of `narrow` or `dequantize_sparse` for this layer."""
         own: tuple[tuple[str, int | str], ...] = (
             ("BITS", self.bits), ("GROUPS", self.groups), ("SCALE", _NAMES[self.scales.dtype]),
             ("OFFSET", int(self.zeros is not None)), ("T", _NAMES[dtype]),
         )  # fmt: skip
-        return Kernel(name, "sparse.cu", (*own, *more))
+        return Kernel(name, f"{name}.cu", (*own, *more), hopper)
 
 
-def choose(tokens: int, rows: int, columns: int, processors: int, shared: int) -> Narrow:
-    """The rule for the shape of a launch of `sparse`; `shared`: bytes of shared memory that a block can have."""
-    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
-    tiles, chunks = layout.tiles(rows), -(-columns // (4 * FOURS))
-    many = 2 < tokens <= 16 and tiles >= 3 * processors
-    row_tiles = 4 if many else 2 if tiles >= processors else 1  # the rows of a block read the inputs together
-    warps = 8 if chunks >= 8 and token_tiles == 1 else 4
-    depth = 1 if row_tiles * token_tiles == 4 else 2
-    ways = [Narrow(token_tiles, row_tiles, w, d) for w, d in ((warps, depth), (warps, 1), (4, 1), (2, 1))]
-    ways.append(Narrow(min(token_tiles, 4), row_tiles, 2, 1))
+@functools.lru_cache(4096)
+def choose(bits: int, tokens: int, rows: int, columns: int, device: int) -> Narrow | Library:
+    """How to multiply so many inputs, 1 or more, by a layer: as it was measured, or by the rule."""
+    if tokens > MOST_TOKENS:
+        return Library()
+    card, known = torch.cuda.get_device_properties(device), probe(device)
+    splits = known.capability == (9, 0)
+    found = tuned.nearest(tuned.load(card.name), PRUNED, bits, tokens, rows, columns)
+    way = None if found is None else parsed(found)
+    if isinstance(way, Narrow) and shared_bytes(way, tokens) <= known.shared and (splits or way.split == 1):
+        return way
+    return rule(tokens, rows, columns, card.multi_processor_count, known.shared)
+
+
+def rule(tokens: int, rows: int, columns: int, processors: int, shared: int) -> Narrow:
+    """What is done where nothing similar was measured; `shared`: bytes of shared memory that a block can have."""
+    way = _preferred(tokens, layout.tiles(rows), -(-columns // CHUNK), processors)
+    lean = replace(way, depth=1)
+    ways = [way, lean, replace(lean, warps=4), replace(lean, warps=2)]
+    ways.append(replace(lean, token_tiles=min(way.token_tiles, 4), warps=2))
     return next((way for way in ways if shared_bytes(way, tokens) <= shared), ways[-1])
+
+
+def _preferred(tokens: int, tiles: int, chunks: int, processors: int) -> Narrow:
+    """The rule where shared memory is no matter. The rows of a block read the inputs together, and from three tokens on
+    these weigh more than the codes: a block has as many rows as leave work for three processors in five.
+    """
+
+    def enough(each: int) -> bool:
+        return 5 * tiles >= 3 * each * processors
+
+    if tokens <= 2:
+        warps = 8 if chunks >= 8 else 4
+        return Narrow(1, 2 if tiles >= 3 * processors else 1, warps, 1 if chunks <= 2 * warps else 2)
+    token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
+    if token_tiles <= 2 and enough(8):
+        return Narrow(token_tiles, 2, 2, 2, beside=4)
+    if token_tiles == 2 and enough(2):
+        return Narrow(2, 2, 4, 2, beside=2)
+    if token_tiles == 1 and enough(2):
+        return Narrow(1, 1, 4, 3, beside=4 if enough(4) else 2)
+    row_tiles = 2 if tiles >= processors else 1
+    warps = 8 if chunks >= 8 and token_tiles == 1 else 4
+    return Narrow(token_tiles, row_tiles, warps, 1 if row_tiles * token_tiles == 4 else 2)
 
 
 def shared_bytes(way: Narrow, tokens: int) -> int:
     """Bytes of shared memory of a block."""
-    taken = 8 * way.token_tiles
-    inputs = way.warps * way.depth * min(tokens, taken) * _PITCH
-    return max(inputs, way.warps * way.row_tiles * layout.TILE * (taken + 1) * 4)
-
-
-@functools.lru_cache(4096)
-def _choose(tokens: int, rows: int, columns: int, device: int) -> Narrow:
-    processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return choose(tokens, rows, columns, processors, probe(device).shared)
+    return way.shared(_GRID_KIND, 0, 0, tokens, False, CHUNK)
 
 
 def few(x: Tensor, layer: PrunedGrid, out: Tensor, way: Narrow) -> None:
-    """x [tokens, columns, a multiple of 8] times the weight, into out, by `sparse`."""
+    """x [tokens, columns, a multiple of 8] times the weight, into out, by `narrow`."""
     tokens, columns = x.shape
-    shape = (("NT", way.token_tiles), ("RT", way.row_tiles), ("WARPS", way.warps), ("DEPTH", way.depth))
-    kernel = layer.kernel("sparse", x.dtype, *shape, ("FEW", int(tokens <= 2)))
+    more = ("KIND", _GRID_KIND), ("SPARSE", 1)
+    kernel = layer.kernel("narrow", x.dtype, *way.macros, *more, hopper=way.split > 1)
     launch(
         function(kernel, x.device.index),
-        (-(-layout.tiles(layer.rows) // way.row_tiles), -(-tokens // (8 * way.token_tiles))),
-        (32 * way.warps,),
+        way.grid(tokens, layer.rows),
+        (32 * way.warps * way.beside,),
         (
-            *layer.pointers, x.data_ptr(), out.data_ptr(), tokens, layer.rows, columns, layer.codes.shape[1],
-            layer.shift,
+            *layer.pointers, 0, 0, 0, 0, x.data_ptr(), out.data_ptr(), tokens, layer.rows, columns,
+            layer.codes.shape[1], layer.shift,
         ),
         shared_bytes(way, tokens),
         x,
@@ -283,10 +312,12 @@ def _sparse_linear_cuda(x: Tensor, *args: Any) -> Tensor:
     columns = x.shape[-1]
     flat = layout.inputs(x)
     out = torch.empty(len(flat), layer.rows, dtype=x.dtype, device=x.device)
-    if 0 < len(flat) <= MOST_TOKENS:
-        few(flat, layer, out, _choose(len(flat), layer.rows, columns, x.device.index))
-    elif len(flat):
-        torch.mm(flat, dequantize(layer, flat.shape[1], x.dtype).t(), out=out)
+    if len(flat):
+        way = choose(layer.bits, len(flat), layer.rows, columns, x.device.index)
+        if isinstance(way, Narrow):
+            few(flat, layer, out, way)
+        else:
+            torch.mm(flat, dequantize(layer, flat.shape[1], x.dtype).t(), out=out)
     return out.reshape(*x.shape[:-1], layer.rows)
 
 

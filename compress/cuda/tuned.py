@@ -37,7 +37,7 @@ class Entry:
     """The fastest way for a layer and a number of tokens.
 
     Attributes:
-        kind, bits: of the layer, as in ops.Layer.
+        kind, bits: of the layer, as in ops.Layer; or pruned.PRUNED.
         tokens: inputs.
         rows, columns: out_features, in_features.
         way: ("narrow", 1, 2, 8, 3).

@@ -15,6 +15,7 @@ from compress.bench.checks import coarseness, difference, poisoned
 from compress.bench.layers import Laid, Setting, short
 from compress.bench.tune import small
 from compress.cuda import choice, ops
+from compress.cuda import pruned as pruned_module
 from compress.cuda.choice import Library, Narrow, Wide
 
 CPU = Setting("cpu")
@@ -82,9 +83,9 @@ def test_coarseness() -> None:
 
 
 def test_ways_are_written_as_the_table_has_them() -> None:
-    assert ways.written(Narrow(1, 2, 8, 3)) == ("narrow", 1, 2, 8, 3)
+    assert ways.written(Narrow(1, 2, 8, 3)) == ("narrow", 1, 2, 8, 3, 1, 1)
     assert ways.written(Library()) == ("library",)
-    assert short(Narrow(1, 2, 8, 3)) == "narrow 1 2 8 3"
+    assert short(Narrow(1, 2, 8, 3)) == "narrow 1 2 8 3 1 1"
     wide = Wide(64, 4, 2)
     name, *numbers = ways.written(wide)
     assert (name, Wide(*map(int, numbers))) == ("wide", wide)
@@ -98,17 +99,33 @@ def test_candidates_fit(kind: str, tokens: int) -> None:
     for hopper in (True, False):
         found = ways.candidates(layer, (4096, 4096), tokens, hopper, 132, 99 * 1024)
         assert found
-        assert len(found) == len(set(found)) < 80
+        assert len(found) == len(set(found)) < 200
         for way in found:
             assert hopper or not isinstance(way, Wide)
             assert kind != "spqr" or not isinstance(way, Wide)  # it cannot correct single weights
             if isinstance(way, Narrow):
+                assert hopper or way.split == 1
                 assert 8 * way.token_tiles * 4 >= tokens
                 assert way.warps * way.depth * min(tokens, 8 * way.token_tiles) * 272 <= 99 * 1024
 
 
+@pytest.mark.parametrize("hopper", [True, False])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 64])
+def test_candidates_of_a_pruned_layer(tokens: int, hopper: bool) -> None:
+    layer = small("sparse-w4", CPU)
+    assert layer is not None
+    found = ways.candidates(layer, (4096, 4096), tokens, hopper, 132, 99 * 1024)
+    assert 0 < len(found) == len(set(found)) < 200
+    for way in found:
+        assert isinstance(way, Narrow)
+        assert hopper or way.split == 1
+        assert pruned_module.shared_bytes(way, tokens) <= 99 * 1024
+    assert tokens == 64 or pruned_module.rule(tokens, 4096, 4096, 132, 99 * 1024) in found
+    assert ways.candidates(layer, (4096, 4096), 65, hopper, 132, 99 * 1024) == [Library()]
+
+
 def test_kinds_without_ways() -> None:
-    assert small("w4", CPU) is not None
+    assert all(small(kind, CPU) is not None for kind in ("w4", "sparse-w4"))
     assert all(small(kind, CPU) is None for kind in ("int8", "sparse") if kind in CASES)
 
 
@@ -129,3 +146,25 @@ def test_multiply(monkeypatch: pytest.MonkeyPatch) -> None:
     for way in (Narrow(1, 1, 4, 2), Wide(8, 4, 1)):
         ways.multiply(x, layer, out, way)
     assert called == [Narrow(1, 1, 4, 2), Wide(8, 4, 1)]
+
+
+def test_multiply_by_a_pruned_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    built = CASES["sparse-w4"].build((32, 256), CPU)
+    layer, x = ways.layer_of(built.subject), CPU.normal(5, 256)
+    assert layer is built.subject
+    out = torch.full((5, 32), float("nan"), dtype=torch.float16)
+    ways.multiply(x, layer, out, Library())
+    assert difference(out, built.reference()(x)) < 1e-3
+    called: list[object] = []
+    monkeypatch.setattr(pruned_module, "few", lambda *launch: called.append(launch[-1]))
+    ways.multiply(x, layer, out, Narrow(1, 1, 4, 2))
+    assert called == [Narrow(1, 1, 4, 2)]
+
+
+def test_what_the_operators_choose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choice, "choose", lambda *case: case)
+    monkeypatch.setattr(pruned_module, "choose", lambda *case: case)
+    for kind, case in (("spqr", (3, 3, 5, 64, 256, 0, True)), ("sparse-w4", (4, 5, 64, 256, 0))):
+        layer = small(kind, CPU)
+        assert layer is not None
+        assert ways.chosen(layer, (64, 256), 5, 0) == case

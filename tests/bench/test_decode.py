@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compress.bench import decode, tables
+from compress.bench import decode, llama, tables
 from compress.bench.cases import CASES
 from compress.bench.layers import Setting
 
-SMALL = decode.Model(layers=2, hidden=256, intermediate=512, heads=4, vocabulary=300)
-HALF = Setting("cpu", torch.float16, std=0.05)
+SMALL = llama.Model(layers=2, hidden=256, intermediate=512, heads=4, vocabulary=300)
+HALF, WHOLE = (Setting("cpu", dtype, std=0.05) for dtype in (torch.float16, torch.float32))
 PROMPT, STEPS = 7, 9
 
 
@@ -29,21 +31,27 @@ class NoWaiting(TorchDispatchMode):
 
 
 @pytest.fixture(params=["dense", "w4", "nf4"])
-def model(request: pytest.FixtureRequest) -> Any:
+def model(request: pytest.FixtureRequest) -> Iterator[llama.Llama]:
     torch.manual_seed(0)
     with torch.no_grad():
-        yield decode.build(SMALL, request.param, HALF)
+        yield decode.build(SMALL, request.param, WHOLE)  # a step rounds elsewhere than a prompt does
 
 
-def greedy(model: Any, prompt: Tensor, steps: int) -> Tensor:
-    """Without a cache."""
+def greedy(model: llama.Llama, prompt: Tensor, steps: int) -> Tensor:
+    """By whole prompts."""
     tokens = prompt
     for _ in range(steps):
-        tokens = torch.cat([tokens, model(tokens).logits[:, -1].argmax(-1, keepdim=True)], 1)
+        tokens = torch.cat([tokens, logits(model, tokens).argmax(-1, keepdim=True)], 1)
     return tokens[:, prompt.shape[1] :]
 
 
-def test_steps_are_greedy_decoding(model: Any) -> None:
+def logits(model: llama.Llama, tokens: Tensor) -> Tensor:
+    """Behind the last token."""
+    batch, count = tokens.shape
+    return model(tokens, torch.arange(count), model.cache(batch, count), llama.PROMPT)
+
+
+def test_steps_are_greedy_decoding(model: llama.Llama) -> None:
     prompt = torch.randint(0, SMALL.vocabulary, (3, PROMPT))
     decoder = decode.Decoder(model, 3, 32)
     decoder.prefill(prompt)
@@ -53,7 +61,7 @@ def test_steps_are_greedy_decoding(model: Any) -> None:
             decoder.step()
     told = decoder.history[:, PROMPT : PROMPT + STEPS + 1].clone()
     assert torch.equal(told, greedy(model, prompt, STEPS + 1))
-    assert bool(decoder.finite)
+    assert decoder.finite
     assert int(decoder.position) == PROMPT + STEPS
     decoder.rewind(first, PROMPT)
     decoder.history.zero_()
@@ -62,54 +70,71 @@ def test_steps_are_greedy_decoding(model: Any) -> None:
     assert torch.equal(decoder.history[:, PROMPT + 1 : PROMPT + STEPS + 1], told[:, 1:])
 
 
-def test_numbers_that_are_not_finite_are_seen(model: Any) -> None:
+def test_numbers_that_are_not_finite_are_seen(model: llama.Llama) -> None:
     decoder = decode.Decoder(model, 1, 16)
     model.lm_head.weight[0, 0] = float("nan")
     decoder.prefill(torch.zeros(1, 3, dtype=torch.long))
-    assert not bool(decoder.finite)
+    assert not decoder.finite
 
 
-def test_bytes(model: Any) -> None:
+def test_bytes(model: llama.Llama) -> None:
     total, read = decode.weights(model)
-    embeddings = SMALL.vocabulary * SMALL.hidden * 2
+    embeddings = SMALL.vocabulary * SMALL.hidden * 4
     assert total - read == embeddings
     packed = [m for m in model.modules() if isinstance(m, decode.Packed)]
     if not packed:
-        assert total == 2 * decode.parameters(SMALL) == 2 * sum(p.numel() for p in model.parameters())
+        assert total == 4 * decode.parameters(SMALL) == 4 * sum(p.numel() for p in model.parameters())
     else:
-        assert len(packed) == 7 * SMALL.layers
-        layers = (decode.parameters(SMALL) * 2 - 2 * embeddings) / 2
-        assert 0.45 * layers < total - 2 * embeddings < 0.65 * layers
+        assert len(packed) == 4 * SMALL.layers
+        layers = (decode.parameters(SMALL) * 4 - 2 * embeddings) / 8  # a byte for two
+        assert layers < total - 2 * embeddings < 1.3 * layers
 
 
 @pytest.mark.parametrize("method", list(CASES))
 def test_every_kind_can_be_built(method: str) -> None:
     with torch.no_grad():
-        model = decode.build(decode.Model(1, 256, 512, 4, 64), method, HALF)
-        assert model(torch.zeros(1, 2, dtype=torch.long)).logits.isfinite().all()
+        model = decode.build(llama.Model(1, 256, 512, 4, 64), method, HALF)
+        assert logits(model, torch.zeros(1, 2, dtype=torch.long)).isfinite().all()
 
 
 def test_the_size_of_llama_2_7b() -> None:
-    assert decode.parameters(decode.Model()) == 6_738_415_616
+    assert decode.parameters(llama.Model()) == 6_738_415_616
+
+
+def refuses(graph: Any, inputs: Any) -> Any:
+    raise OSError("no C compiler\nwas found")
 
 
 @dataclass(frozen=True)
 class OnCPU(decode.Plan):
+    backend: Any = "eager"
+
     @property
     def setting(self) -> Setting:
         return HALF
+
+    @property
+    def parts(self) -> llama.Parts:
+        return llama.STEP if self.eager else llama.compiled(self.backend)
 
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> None:
     """A graph that runs its step as it is, each in 2 milliseconds."""
+    torch.compiler.reset()
+    counters.clear()
+
+    def captured(decoder: decode.Decoder, first: Tensor, position: int) -> decode.Decoder:
+        decode._warm(decoder, first, position)
+        decoder.rewind(first, position)
+        return decoder
 
     def replay(decoder: decode.Decoder, steps: int) -> float:
         for _ in range(steps):
             decoder.step()
         return 2.0 * steps
 
-    monkeypatch.setattr(decode, "_captured", lambda decoder, first, position: decoder)
+    monkeypatch.setattr(decode, "_captured", captured)
     monkeypatch.setattr(decode, "_replay", replay)
     monkeypatch.setattr(decode.record, "head", lambda device: {"schema": 1})
     monkeypatch.setattr(torch.cuda, "device", lambda index: torch.no_grad())
@@ -125,6 +150,8 @@ def test_a_whole_run_makes_a_report() -> None:
         ("dense", 1, ""), ("dense", 3, ""), ("w4", 1, ""), ("w4", 3, "")
     ]  # fmt: skip
     assert [r["tokens_per_second"] for r in report["rows"]] == [500.0, 1500.0, 500.0, 1500.0]
+    assert [r["times_dense"] for r in report["rows"]] == [1.0] * 4
+    assert report["setting"]["compiled"] is True
     assert report["rows"][0]["weight_bytes"] > report["rows"][2]["weight_bytes"]
     assert (report["failed"], report["missing"]) == (0, 0)
     assert len(tables.decode(report)[0].rows) == 4
@@ -151,3 +178,24 @@ def test_a_model_that_does_not_fit_is_told(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(decode, "build", build)
     report = decode.run(OnCPU(("dense",), (1, 2), SMALL), lambda line: None)
     assert [r["failed"] for r in report["rows"]] == ["out of memory"] * 2
+
+
+@pytest.mark.usefixtures("clock")
+def test_what_cannot_be_compiled_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = OnCPU(("dense",), (1,), SMALL, prompt=4, steps=5, backend=refuses)
+    row = decode.run(plan, lambda line: None)["rows"][0]
+    assert row["failed"].startswith("torch.compile (--eager runs without it): ")
+    assert "OSError: no C compiler was found" in row["failed"]
+    monkeypatch.setattr(llama, "compiled", lambda backend: replace(llama.STEP))  # as with TORCHDYNAMO_DISABLE=1
+    row = decode.run(plan, lambda line: None)["rows"][0]
+    assert "torch.compile did nothing" in row["failed"]
+    report = decode.run(replace(plan, eager=True), lambda line: None)
+    assert (report["rows"][0]["failed"], report["setting"]["compiled"]) == ("", False)
+
+
+@pytest.mark.usefixtures("clock")
+def test_many_batches() -> None:
+    """More than torch.compile makes graphs for, if it is not told to."""
+    plan = OnCPU(("dense",), tuple(range(1, 11)), llama.Model(1, 64, 64, 2, 32), prompt=1, steps=2)
+    report = decode.run(plan, lambda line: None)
+    assert [r["failed"] for r in report["rows"]] == [""] * 10

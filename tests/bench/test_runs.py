@@ -12,12 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.bench import kernels, peers, tables, timing, tune
+from compress.bench import kernels, peers, tables, timing, tune, ways
 from compress.bench.cases import CASES, grid
 from compress.bench.ceilings import Ceilings
 from compress.bench.layers import Built, Case, Laid, Setting, Shape
 from compress.bench.peers import Peer, Ready
-from compress.cuda import choice
+from compress.cuda import choice, pruned
 from compress.cuda.choice import Narrow
 from compress.errors import CompressError
 
@@ -38,7 +38,8 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     monkeypatch.setattr(timing, "graph", graph)
     monkeypatch.setattr(timing, "eager", graph)
     monkeypatch.setattr(timing, "copies", lambda size, device=0, most=64: 3)
-    monkeypatch.setattr(choice, "choose", lambda *case: Narrow(1, 1, 4, 2))
+    for module in (choice, pruned):
+        monkeypatch.setattr(module, "choose", lambda *case: Narrow(1, 1, 4, 2))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     return rounds
 
@@ -66,7 +67,7 @@ def test_rows(clock: list[int]) -> None:
     assert first["us"] == 4.0
     assert first["floor_us"] == pytest.approx(LIMITS.read(first["bytes"]), abs=0.01)
     assert first["of_floor"] == pytest.approx(first["floor_us"] / 4, abs=0.01)
-    assert first["way"] == "narrow 1 1 4 2"
+    assert first["way"] == "narrow 1 1 4 2 1 1"
     assert first["error"] < 1e-3
     assert not first["failed"]
 
@@ -180,7 +181,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
         if way == BROKEN:
             raise CompressError("no such launch")
         if way != WRONG:
-            out.copy_(torch.ops.compress.linear(x, *layer.arguments))
+            ways.multiply(x, layer, out, choice.Library())
 
     def time(calls: Sequence[Any]) -> float:
         return TIMES[calls[0].args[-1]]
@@ -191,28 +192,27 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
 
 
-def case(*tried: Any) -> tune.Tuned:
-    layers, known = tune._layers("w4", (32, 256), (3,), CPU)
+def case(*tried: Any, kind: str = "w4") -> tune.Tuned:
+    layers, known = tune._layers(kind, (32, 256), (3,), CPU)
     assert len(layers) == 3
-    return tune._case("w4", layers, known[3], tried, {"narrow 9 9 9 9": "did not compile"})
+    return tune._case(kind, layers, known[3], tried, {"narrow 9 9 9 9": "did not compile"})
 
 
 @pytest.mark.usefixtures("fake")
-def test_the_fastest_that_is_right_wins() -> None:
-    found = case(SLOW, WRONG, FAST, BROKEN)
-    assert found.entry.way == ("narrow", 1, 2, 8, 3)
-    assert (found.entry.kind, found.entry.bits, found.entry.tokens, found.entry.rows, found.entry.columns) == (
-        0, 4, 3, 32, 256,
-    )  # fmt: skip
-    assert (found.entry.us, found.before) == (3.0, ("narrow 1 1 4 2", 9.0))
+@pytest.mark.parametrize(("kind", "number"), [("w4", 0), ("sparse-w4", pruned.PRUNED)])
+def test_the_fastest_that_is_right_wins(kind: str, number: int) -> None:
+    found = case(SLOW, WRONG, FAST, BROKEN, kind=kind)
+    assert found.entry.way == ("narrow", 1, 2, 8, 3, 1, 1)
+    assert found.entry.case == (number, 4, 3, 32, 256)
+    assert (found.entry.us, found.before) == (3.0, ("narrow 1 1 4 2 1 1", 9.0))
     assert found.tried == 6
-    assert set(found.failed) == {"narrow 9 9 9 9", "narrow 1 1 16 2", "narrow 1 2 16 4"}
-    assert found.as_json()["way"] == ["narrow", 1, 2, 8, 3]
+    assert set(found.failed) == {"narrow 9 9 9 9", "narrow 1 1 16 2 1 1", "narrow 1 2 16 4 1 1"}
+    assert found.as_json()["way"] == ["narrow", 1, 2, 8, 3, 1, 1]
 
 
 @pytest.mark.usefixtures("fake")
 def test_what_ran_before_is_never_beaten_by_something_slower() -> None:
-    assert case().entry.way == ("narrow", 1, 1, 4, 2)
+    assert case().entry.way == ("narrow", 1, 1, 4, 2, 1, 1)
 
 
 @pytest.mark.usefixtures("fake")
@@ -233,6 +233,15 @@ def test_a_way_that_stops_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "synchronize", dead)
     with pytest.raises(CompressError, match="the device stopped: no such launch"):
         case(BROKEN)
+
+
+def test_kernels_of_the_chosen_ways_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+    monkeypatch.setattr(kernels, "warm", asked.extend)
+    kernels._warm(replace(PLAN, kinds=("w4", "int8", "sparse-w4")), print)
+    assert [(job.kind, job.tokens, job.way) for job in asked] == [
+        (kind, tokens, BEFORE) for kind in ("w4", "sparse-w4") for tokens in (1, 8)
+    ]
 
 
 def test_tuning_is_for_the_usual_groups() -> None:

@@ -10,11 +10,18 @@ import torch
 from compress.bench import warm
 from compress.bench.layers import Setting
 from compress.bench.warm import Job
-from compress.cuda import ops
+from compress.cuda import ops, pruned
 from compress.cuda.choice import Library, Narrow
 from compress.errors import CompressError
 
 CPU = Setting("cpu")
+
+
+@pytest.fixture(autouse=True)
+def launches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `warm` takes from its process comes back; until it does, a launch fails."""
+    for module in (ops, pruned):
+        monkeypatch.setattr(module, "launch", None)
 
 
 def jobs(count: int) -> list[Job]:
@@ -30,8 +37,6 @@ def test_a_few_are_left_for_later(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_one_that_does_not_compile_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "launch", None)
-
     def refuse(kernel: Any, device: Any) -> Any:
         raise CompressError("does not compile")
 
@@ -41,9 +46,11 @@ def test_one_that_does_not_compile_has_a_reason(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_nothing_is_launched(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ops, "launch", None)
-    monkeypatch.setattr(ops, "function", lambda kernel, device: asked.append(kernel))
     asked: list[Any] = []
+    for module in (ops, pruned):
+        monkeypatch.setattr(module, "function", lambda kernel, device: asked.append(kernel))
     assert warm._compile(Job("w3", CPU, 2, Narrow(1, 2, 8, 3))) == ""
-    macros = dict(asked[0].defines)
-    assert (macros["BITS"], macros["RT"], macros["WARPS"], macros["FEW"]) == (3, 2, 8, 1)
+    assert warm._compile(Job("sparse-w4", CPU, 2, Narrow(1, 2, 8, 3, split=2))) == ""
+    first, second = (dict(kernel.defines) for kernel in asked)
+    assert (first["BITS"], first["RT"], first["WARPS"], first["BESIDE"]) == (3, 2, 8, 1)
+    assert (second["BITS"], second["RT"], second["SPLIT"], second["SPARSE"]) == (4, 2, 2, 1)

@@ -83,6 +83,7 @@ class Machine:
                         raise machine.launch_error
                     machine.launches.append((machine.current, self.name, grid, block, args, shared, stream.ptr))
 
+                run.ptr = 0x123  # type: ignore[attr-defined]
                 return run
 
         class RawModule:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import sys
 import threading
 import types
@@ -124,3 +125,43 @@ def test_an_older_cupy(machine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     machine.stream = 5
     launch(function(NARROW, 0), (1,), (32,), (), 0, on(0))
     assert machine.launches[0][-1] == 5
+
+
+class Driver:
+    """Of a launch that may begin early, what it was asked for."""
+
+    def __init__(self, error: int = 0) -> None:
+        self.error = error
+        self.calls: list[tuple[Any, ...]] = []
+
+    def cuLaunchKernelEx(self, config: Any, function: Any, parameters: Any, extra: None) -> int:
+        c = config._obj
+        attribute = ctypes.cast(c.attributes, ctypes.POINTER(compiler._Attribute)).contents
+        values = [ctypes.cast(p, ctypes.POINTER(t)).contents.value for p, t in zip(parameters, self.types, strict=True)]
+        self.calls.append(
+            (list(c.grid), list(c.block), c.shared, c.stream, c.count, attribute.id, attribute.value, values)
+        )
+        return self.error
+
+    types = (ctypes.c_longlong, ctypes.c_int, ctypes.c_float, ctypes.c_longlong)
+
+
+@pytest.mark.parametrize(("driver", "early"), [(13000, True), (12020, False)])
+def test_a_kernel_that_waits_itself_is_launched_early(
+    machine: Any, monkeypatch: pytest.MonkeyPatch, driver: int, early: bool
+) -> None:
+    monkeypatch.setattr(compiler, "text", lambda file: "wait_for_previous();")
+    monkeypatch.setattr(compiler, "driver_version", lambda: driver)
+    monkeypatch.setattr(compiler, "_driver", lambda: asked)
+    asked = Driver()
+    made = function(NARROW, 0)
+    assert made.early is early
+    launch(made, (7, 2), (256,), [1 << 40, -3, 0.5, None], 4096, on(0))
+    assert bool(asked.calls) is early
+    if early:
+        [(grid, block, shared, _, count, kind, value, values)] = asked.calls
+        assert (grid, block, shared, count, kind, value) == ([7, 2, 1], [256, 1, 1], 4096, 1, 6, 1)
+        assert values == [1 << 40, -3, 0.5, 0]
+        asked.error = 701
+        with pytest.raises(CompressError, match=r"CUDA error 701"):
+            launch(made, (7,), (256,), [0, 0, 0.0, 0], 0, on(0))

@@ -1,11 +1,12 @@
 """2:4-pruned layers: nothing is lost in their layouts, and products are those of the packed kind.
 
-sparse.cu itself runs twice: on a GPU, and on a CPU through tests/kernels/emulate.py, which has mma.sp as PTX says.
+The kernels themselves run twice: on a GPU, and on a CPU through tests/kernels/emulate.py, which has mma.sp as PTX says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from compress.cuda import cusparselt as cusparselt_module
-from compress.cuda import layout, pruned
-from compress.cuda.choice import Narrow
+from compress.cuda import layout, ops, pruned, tuned
+from compress.cuda.choice import Library, Narrow
 from compress.cuda.cusparselt import PrunedValues
-from compress.cuda.pruned import TWO_OF_FOUR, PrunedGrid
+from compress.cuda.pruned import PRUNED, TWO_OF_FOUR, PrunedGrid
+from compress.cuda.support import Support
+from compress.cuda.tuned import Entry
 from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse
 from compress.packed.uniform import UniformGrid
@@ -92,7 +95,7 @@ def test_codes_and_places_come_back(shape: tuple[int, int], bits: int) -> None:
 
 
 def test_places_lie_where_the_kernel_looks() -> None:
-    """As the comments of sparsity.cuh and sparse.cu have it; filled up with two positions that are not the same."""
+    """As the comments of sparsity.cuh and tile.cuh have it; filled up with two positions that are not the same."""
     torch.manual_seed(0)
     mask = mask_of(70, 260)
     packed = pruned.pack(torch.zeros(70, 260, dtype=torch.uint8), mask, 4)
@@ -173,8 +176,66 @@ def test_launches_fit_into_shared_memory() -> None:
     for shared in (99 << 10, 163 << 10, 227 << 10):
         for tokens in range(1, pruned.MOST_TOKENS + 1):
             for rows, columns in ((16, 256), (4096, 4096), (28672, 8192), (8192, 28672)):
-                way = pruned.choose(tokens, rows, columns, 132, shared)
+                way = pruned.rule(tokens, rows, columns, 132, shared)
                 assert pruned.shared_bytes(way, tokens) <= shared
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "ways"),
+    [
+        (4096, 4096, [Narrow(1, 1, 8, 1), Narrow(1, 1, 4, 3, 2), Narrow(2, 2, 4, 2, 2)]),
+        (11008, 4096, [Narrow(1, 2, 8, 1), Narrow(1, 2, 2, 2, 4), Narrow(2, 2, 2, 2, 4)]),
+        (8192, 8192, [Narrow(1, 2, 8, 2), Narrow(1, 1, 4, 3, 4), Narrow(2, 2, 4, 2, 2)]),
+        (28672, 8192, [Narrow(1, 2, 8, 2), Narrow(1, 2, 2, 2, 4), Narrow(2, 2, 2, 2, 4)]),
+        (1024, 4096, [Narrow(1, 1, 8, 1), Narrow(1, 1, 8, 2), Narrow(2, 1, 4, 2)]),  # too few rows to share
+    ],
+)
+def test_the_rule_on_an_h100(rows: int, columns: int, ways: list[Narrow]) -> None:
+    """Where it was measured, the fastest way for 1, 8 and 16 tokens or one that took hardly longer."""
+    assert [pruned.rule(tokens, rows, columns, 132, 227 << 10) for tokens in (1, 8, 16)] == ways
+
+
+def chosen(
+    monkeypatch: pytest.MonkeyPatch, entry: Entry, tokens: int = 8, capability: tuple[int, int] = (9, 0)
+) -> Narrow | Library:
+    """For a layer of 4096 x 4096 in 4 bits, with that in the table."""
+    card = SimpleNamespace(name="a card", multi_processor_count=132)
+    known = Support(True, "", capability=capability, shared=99 << 10)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: card)
+    monkeypatch.setattr(pruned, "probe", lambda device: known)
+    monkeypatch.setattr(tuned, "load", lambda name: (entry,) if name == "a card" else ())
+    return pruned.choose.__wrapped__(4, tokens, 4096, 4096, 0)
+
+
+RULE = pruned.rule(8, 4096, 4096, 132, 99 << 10)
+
+
+@pytest.mark.parametrize(
+    ("way", "capability", "expected"),
+    [
+        (("narrow", 1, 2, 2, 3, 4, 1), (8, 0), Narrow(1, 2, 2, 3, 4)),
+        (("narrow", 1, 2, 2, 3, 4, 2), (9, 0), Narrow(1, 2, 2, 3, 4, 2)),
+        (("narrow", 1, 2, 2, 3, 4, 2), (10, 0), RULE),  # clusters are Hopper's
+        (("narrow", 1, 2, 16, 4, 1, 1), (9, 0), RULE),  # more shared memory than there is
+        (("single", 2, 8, 3), (9, 0), RULE),
+        (("library",), (9, 0), RULE),
+        (("narrow", 1, 2), (9, 0), RULE),
+    ],
+)
+def test_what_was_measured_goes_before_the_rule(
+    way: tuned.Way, capability: tuple[int, int], expected: Narrow, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert chosen(monkeypatch, Entry(PRUNED, 4, 8, 4096, 4096, way, 5.0), capability=capability) == expected
+
+
+def test_other_entries_are_not_for_a_pruned_layer(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert PRUNED not in (ops.GRID, ops.TABLE, ops.BOOK, ops.BILEVEL)
+    way = ("narrow", 1, 2, 2, 3, 4, 1)
+    assert chosen(monkeypatch, Entry(ops.GRID, 4, 8, 4096, 4096, way, 5.0)) == RULE
+    assert chosen(monkeypatch, Entry(PRUNED, 3, 8, 4096, 4096, way, 5.0)) == RULE
+    many = Entry(PRUNED, 4, 256, 4096, 4096, way, 5.0)
+    assert isinstance(chosen(monkeypatch, many, pruned.MOST_TOKENS), Narrow)
+    assert chosen(monkeypatch, many, pruned.MOST_TOKENS + 1) == Library()
 
 
 # --- plain values ----------------------------------------------------------------------------------------------------
@@ -265,21 +326,35 @@ def test_algorithms_are_searched_for_once(cusparselt: dict[str, Any]) -> None:
     assert run(torch.empty(0, 64), made.weight, True, 32).shape == (0, 32)
 
 
-# --- sparse.cu on a CPU ----------------------------------------------------------------------------------------------
+# --- narrow.cu on a CPU ----------------------------------------------------------------------------------------------
 
 
 def emulated(build: Callable[..., Any], made: PrunedGrid, x: Tensor, way: Narrow) -> Tensor:
     """As `pruned.few` launches it."""
     tokens = len(x)
-    shape = (("NT", way.token_tiles), ("RT", way.row_tiles), ("WARPS", way.warps), ("DEPTH", way.depth))
-    kernel = made.kernel("sparse", x.dtype, *shape, ("FEW", int(tokens <= 2)))
+    kernel = made.kernel("narrow", x.dtype, *way.macros, ("KIND", 0), ("SPARSE", 1), hopper=way.split > 1)
     x = F.pad(x, (0, -x.shape[1] % 8)).contiguous()
     out = torch.full((tokens, made.rows), float("nan"), dtype=x.dtype)
     build(kernel.file, dict(kernel.defines)).launch(
-        "sparse",
-        (-(-layout.tiles(made.rows) // way.row_tiles), -(-tokens // (8 * way.token_tiles))),
-        32 * way.warps,
-        [made.codes, made.scales, made.zeros, x, out, tokens, made.rows, x.shape[1], made.codes.shape[1], made.shift],
+        "narrow",
+        way.grid(tokens, made.rows),
+        32 * way.warps * way.beside,
+        [
+            made.codes,
+            made.scales,
+            made.zeros,
+            None,
+            None,
+            None,
+            None,
+            x,
+            out,
+            tokens,
+            made.rows,
+            x.shape[1],
+            made.codes.shape[1],
+            made.shift,
+        ],
         pruned.shared_bytes(way, tokens),
     )
     return out
@@ -293,6 +368,8 @@ CASES = [
     ((50, 1300), (8, 1024, True), 16, Narrow(2, 2, 2, 1)),
     ((16, 256), (8, 64, False), 11, Narrow(2, 1, 2, 2)),
     ((50, 1300), (4, 64, True), 19, Narrow(4, 1, 2, 1)),
+    ((90, 1300), (4, 128, True), 13, Narrow(2, 1, 2, 2, beside=2, split=2)),
+    ((150, 1300), (4, 128, False), 16, Narrow(2, 2, 2, 2, beside=4)),
     ((70, 1300), (4, 64, True), 11, Narrow(1, 4, 2, 2)),
     ((1, 4), (4, -1, False), 1, Narrow(1, 2, 4, 2)),
 ]
@@ -373,7 +450,9 @@ def test_every_launch_shape_on_a_gpu(tokens: int) -> None:
     packed = moved(grid(400, 1160, 4, 64, True, torch.float16), torch.device("cuda"))
     made, dense = PrunedGrid.of(packed), packed.dequantize()
     x = torch.randn(tokens, 1160, device="cuda").half()
-    for way in (Narrow(n, r, w, d) for n in (1, 2, 4) for r in (1, 2, 4) for w in (2, 4) for d in (1, 2)):
+    shapes = [Narrow(n, r, w, d) for n in (1, 2, 4) for r in (1, 2, 4) for w in (2, 4) for d in (1, 2)]
+    shapes += [pruned.rule(n, rows, 4096, 132, 227 << 10) for n in (1, 8, 16) for rows in (4096, 8192, 28672)]
+    for way in dict.fromkeys(shapes):
         out = torch.full((tokens, 400), float("nan"), device="cuda", dtype=torch.float16)
         pruned.few(x, made, out, way)
         close(out, x, dense)

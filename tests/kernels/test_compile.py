@@ -35,7 +35,9 @@ _ENTRY = re.compile(
     re.DOTALL,
 )
 #: the name of an extern "C" kernel, behind __launch_bounds__(...) and the like
-_KERNEL = re.compile(r'extern\s+"C"\s+__global__\s+void\s+(?:__\w+__\s*\((?:[^()]|\([^()]*\))*\)\s*)*(\w+)\s*\(')
+_KERNEL = re.compile(
+    r'extern\s+"C"\s+__global__\s+void\s+(?:CLUSTER\s+|__\w+__\s*\((?:[^()]|\([^()]*\))*\)\s*)*(\w+)\s*\('
+)
 PROBE = """#line 1 "kernels/probe.cu"
 extern "C" __global__ void __launch_bounds__(128) probe(float* x) {
     __shared__ float s[64];

@@ -42,10 +42,16 @@ def emulated(monkeypatch, build):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(
     ("tokens", "way"),
-    [(1, choice.Narrow(1, 1, 2, 2)), (7, choice.Narrow(1, 2, 2, 3)), (11, choice.Narrow(2, 2, 3, 1))],
-    ids=["one", "seven", "eleven"],
+    [
+        (1, choice.Single(1, 2, 2)),
+        (1, choice.Single(2, 3, 3)),
+        (7, choice.Narrow(1, 2, 2, 3)),
+        (11, choice.Narrow(2, 1, 3, 1, beside=2)),
+        (3, choice.Narrow(1, 1, 1, 2, beside=4, split=2)),
+    ],
+    ids=["one", "one of two tiles", "seven", "eleven", "three"],
 )
-def test_narrow(emulated, name, tokens, way):
+def test_few(emulated, name, tokens, way):
     torch.manual_seed(0)
     dtype = torch.bfloat16 if tokens == 7 else torch.float16
     packed = kinds.layers(dtype)[name]
@@ -54,7 +60,7 @@ def test_narrow(emulated, name, tokens, way):
     x = torch.zeros(tokens, columns, dtype=dtype)
     x[:, : packed.shape[1]] = torch.randn(tokens, packed.shape[1]).to(dtype)
     out = torch.full((tokens, packed.shape[0]), float("nan"), dtype=dtype)
-    ops.narrow(x, made.layer, out, way)
+    (ops.single if tokens == 1 else ops.narrow)(x, made.layer, out, way)
     kinds.close(out, x[:, : packed.shape[1]], packed.dequantize())
 
 

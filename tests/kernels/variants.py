@@ -27,7 +27,9 @@ class Variant(NamedTuple):
 #: what a file's rows start from
 BASE: dict[str, Macros] = {
     "narrow.cu": {"KIND": "GRID", "BITS": 4, "T": "Half", "SCALE": "Half", "GROUPS": 1, "NT": 1, "RT": 2, "WARPS": 8,
-                  "DEPTH": 2, "FEW": 0},
+                  "DEPTH": 2, "BESIDE": 1, "SPLIT": 1},
+    "single.cu": {"KIND": "GRID", "BITS": 4, "T": "Half", "SCALE": "Half", "GROUPS": 1, "RT": 2, "WARPS": 8,
+                  "DEPTH": 3},
     "read.cu": {"UNROLL": 8},
     "wide.cu": {"KIND": "GRID", "BITS": 4, "T": "Half", "SCALE": "Half", "GROUPS": 1, "TOKENS": 128, "STAGES": 4,
                 "PHASES": 1, "SPLIT": 1, "BLOCKS": 1},
@@ -46,7 +48,7 @@ def of(file: str, targets: tuple[str, ...] = HOPPER, kernel: str = "", **macros:
 VARIANTS: dict[str, list[Variant]] = {
     "narrow.cu": [
         of("narrow.cu", ALL),
-        of("narrow.cu", FEW=1),
+        of("narrow.cu", NT=2, RT=1, WARPS=4, BESIDE=4, SPLIT=2),
         of("narrow.cu", **BF16, BITS=3),
         of("narrow.cu", **BF16, BITS=8, OFFSET=1),
         of("narrow.cu", BITS=2, GROUPS=4, OFFSET=2),
@@ -54,6 +56,13 @@ VARIANTS: dict[str, list[Variant]] = {
         of("narrow.cu", **NF4),
         of("narrow.cu", KIND="BOOK"),
         of("narrow.cu", KIND="BILEVEL", BITS=3),
+    ],
+    "single.cu": [
+        of("single.cu", ALL),
+        of("single.cu", **BF16, BITS=2, GROUPS=8, OFFSET=1),
+        of("single.cu", **NF4),
+        of("single.cu", KIND="BOOK"),
+        of("single.cu", KIND="BILEVEL", BITS=3, DEPTH=2, OUTLIERS=1),
     ],
     "wide.cu": [
         of("wide.cu", HOPPER),
@@ -72,18 +81,17 @@ VARIANTS: dict[str, list[Variant]] = {
     ],
 }
 
-BASE["sparse.cu"] = {"BITS": 4, "T": "Half", "SCALE": "Half", "GROUPS": 2, "WARPS": 8}
-PRODUCT: Macros = {"NT": 1, "RT": 1, "DEPTH": 2, "FEW": 0}  # without it the file is dequantize_sparse
-VARIANTS["sparse.cu"] = [
-    of("sparse.cu", ALL, **PRODUCT),
-    of("sparse.cu", **{**PRODUCT, "FEW": 1}),
-    of("sparse.cu", **{**PRODUCT, "RT": 2}),
-    of("sparse.cu", **PRODUCT, **BF16, BITS=8, GROUPS=8, OFFSET=1),
-    of("sparse.cu", **PRODUCT, BITS=3, OFFSET=1),
-    of("sparse.cu", **{**PRODUCT, "NT": 2, "RT": 2}),
-    of("sparse.cu", **{**PRODUCT, "NT": 8, "RT": 2, "DEPTH": 1, "WARPS": 4}),
-    of("sparse.cu", ALL, kernel="dequantize_sparse", WARPS=4),
-    of("sparse.cu", kernel="dequantize_sparse", **BF16, BITS=3, OFFSET=1, WARPS=4),
+SPARSE: Macros = {"GROUPS": 2, "SPARSE": 1}
+VARIANTS["narrow.cu"] += [
+    of("narrow.cu", ALL, **SPARSE),
+    of("narrow.cu", **SPARSE, BITS=3, RT=1, OFFSET=1),
+    of("narrow.cu", **SPARSE, NT=2, BESIDE=2),
+    of("narrow.cu", **SPARSE, NT=8, DEPTH=1, WARPS=4),
+]
+BASE["dequantize_sparse.cu"] = {"BITS": 4, "T": "Half", "SCALE": "Half", "GROUPS": 2, "WARPS": 4}
+VARIANTS["dequantize_sparse.cu"] = [
+    of("dequantize_sparse.cu", ALL),
+    of("dequantize_sparse.cu", **BF16, BITS=3, OFFSET=1),
 ]
 
 BASE["quantise.cu"] = {"T": "Half", "VECTORS": 4, "OUTLIERS": 0}

@@ -282,6 +282,8 @@ DEVICE uint2 stream8(const void* p) {
     shim::check_global("stream8", (const u8*)p + bytes, 8);
     return *(const uint2*)((const u8*)p + bytes);
 }
+DEVICE void prefetch(const void*) {}
+DEVICE void wait_for_previous() {}
 DEVICE u32 shared_address(const void* p) {
     if (!shim::is_shared(p)) shim::fault("address %p is not in shared memory", p);
     return (u32)((const u8*)p - shim::memory);
@@ -297,6 +299,8 @@ template <int most>
 DEVICE void copies_wait() {
     shim::land(most);
 }
+
+DEVICE void barrier_some(int id, int threads) { shim::wait(id, threads); }
 
 DEVICE void load_matrices(u32* r, u32 row) {
     shim::Rows post = {{"load_matrices", shim::load_rows, ~0u}, r, row};

@@ -122,7 +122,6 @@ DEVICE void barrier_expect(u64* barrier, u32 bytes) {
 DEVICE void barrier_wait(u64* barrier, u32 parity) {
     shim::await("a barrier's phase", [&] { return ((shim::Barrier*)barrier)->phase != parity; });
 }
-DEVICE void barrier_some(int id, int threads) { shim::wait(id, threads); }
 
 DEVICE void copy_box(u32 shared, const Boxes* boxes, int row, int column, u64* barrier) {
     shim::box(shim::box_place(shared), boxes, row, column);
