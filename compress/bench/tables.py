@@ -172,8 +172,8 @@ def decode_notes(report: dict[str, Any]) -> list[str]:
         f"A prompt of {s['prompt']} tokens, then {s['steps']} replays of one captured step: the model, a static cache, "
         "argmax. ms a step: median of three such runs, device time. Each was made twice from the same state and gave "
         "the same tokens. GB/s: of the weights that a step reads. q, k and v are one product, gate and up another. "
-        f"What lies between the products is plain torch{compiled}; embeddings and lm_head are torch's, in 16 bits. Only "
-        "the linear layers of the blocks differ.",
+        f"What lies between is plain torch{compiled}; embeddings and lm_head are torch's, in 16 bits. Only the linear "
+        "layers of the blocks differ.",
     ]
 
 
