@@ -105,6 +105,12 @@ DEVICE void wait_for_previous() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
+// The kernel after this one may be launched, if it waits so itself: when all blocks have called this or ended.
+DEVICE void next_may_begin() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
 // Places in shared memory are passed as 32-bit numbers.
 DEVICE u32 shared_address(const void* p) { return (u32)__cvta_generic_to_shared(p); }
 

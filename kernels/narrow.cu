@@ -227,6 +227,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
             request(d, true);
         }
     }
+    next_may_begin();
 
     copies_wait<0>();
     __syncthreads();  // the inputs' place is free

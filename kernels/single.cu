@@ -134,6 +134,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             request(d);
         }
     }
+    next_may_begin();
 
 #pragma unroll
     for (int r = 0; r < RT; r++)

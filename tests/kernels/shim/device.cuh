@@ -284,6 +284,7 @@ DEVICE uint2 stream8(const void* p) {
 }
 DEVICE void prefetch(const void*) {}
 DEVICE void wait_for_previous() {}
+DEVICE void next_may_begin() {}
 DEVICE u32 shared_address(const void* p) {
     if (!shim::is_shared(p)) shim::fault("address %p is not in shared memory", p);
     return (u32)((const u8*)p - shim::memory);
