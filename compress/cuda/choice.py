@@ -165,39 +165,49 @@ def rule(
     """What is done where nothing similar was measured."""
     if tokens == 1:
         return single(bits, rows, columns, processors)
-    few = 8 if hopper and kind not in _SLOW_TO_MAKE else 16
-    if tokens <= few or (tokens <= 16 and rows <= 4096) or (tokens <= 64 and not hopper and not outliers):
-        return narrow(kind, bits, tokens, rows, columns, processors)
+    if tokens <= 16 or (tokens <= 64 and not hopper and not outliers):
+        return narrow(kind, bits, tokens, rows, columns, processors, hopper)
     if hopper and not outliers and kind not in _SLOW_TO_MAKE:
         return wide(kind, bits, tokens, rows, columns, processors)
     return Library()
 
 
 def single(bits: int, rows: int, columns: int, processors: int) -> Single:
-    """The rule for one token."""
+    """The rule for one token: so many warps that each processor has about sixteen."""
     tiles, chunks = -(-rows // 16), -(-columns // 128)
-    warps = 4 if chunks < 8 else 16 if chunks > 64 else 8
-    return Single(2 if tiles >= processors else 1, warps, 2 if bits == 8 or warps == 16 else 3)
+    warps = 16 if tiles < 2 * processors else 8 if tiles < 6 * processors else 4
+    return Single(1, min(warps, 4 if chunks < 8 else 8 if chunks < 16 else 16), 2 if bits == 8 else 3)
 
 
-def narrow(kind: int, bits: int, tokens: int, rows: int, columns: int, processors: int) -> Narrow:
-    """The rule for few tokens."""
+def narrow(
+    kind: int, bits: int, tokens: int, rows: int, columns: int, processors: int, hopper: bool = False
+) -> Narrow:
+    """The rule for few tokens: blocks as high as leave one to (nearly) each processor, since all rows of a block share
+    its inputs; with 9 to 16 tokens on Hopper twice as high, and two blocks to a cluster."""
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
     tiles, chunks = -(-rows // 16), -(-columns // 128)
-    row_tiles = 2 if tiles >= processors and token_tiles <= 4 else 1
-    warps = 4 if chunks < 8 else 16 if chunks > 64 and token_tiles == 1 else 8
     if token_tiles > 2:
-        return Narrow(token_tiles, 1 if token_tiles == 8 else row_tiles, 8 if chunks >= 8 else 4, 1)
-    return Narrow(token_tiles, row_tiles, warps, 2 if token_tiles * row_tiles > 2 or bits == 8 or kind != 0 else 3)
+        row_tiles = 2 if tiles >= processors and token_tiles == 4 else 1
+        return Narrow(token_tiles, row_tiles, 8 if chunks >= 8 else 4, 1)
+    high = next((t for t in (8, 4, 2) if tiles >= 0.9 * t * processors), 1)
+    split = 2 if hopper and token_tiles == 2 and high in (2, 4) and chunks >= 8 else 1
+    high *= split
+    beside = {8: 4, 4: 2 if token_tiles == 1 else 4, 2: token_tiles, 1: 1}[high]
+    teams = 2 if high == 8 else 4 if beside == 4 else 8
+    while teams > max(2, chunks // split):
+        teams //= 2
+    depth = 2 if bits == 8 or kind != 0 else 3
+    return Narrow(token_tiles, high // beside, teams, depth, beside, split)
 
 
 def wide(kind: int, bits: int, tokens: int, rows: int, columns: int, processors: int) -> Wide:
     """The rule for many tokens on Hopper: blocks enough for the device, split by columns where rows are too few."""
+    bands = -(-rows // 128)
     size = next((s for s in (16, 32, 64, 128) if tokens <= s), 256)
-    blocks = -(-rows // 128) * -(-tokens // size)
-    split = 1
-    while split < 4 and blocks * split * 2 <= processors and columns >= 1024 * split:
-        split *= 2
+    if size == 256 and bands * -(-tokens // size) < 0.45 * processors:
+        size = 128
+    blocks = bands * -(-tokens // size)
+    split = 2 if 2 * blocks <= processors and columns >= 1024 else 1
     if size > 64:
         return fit(kind, bits, Wide(size, 6, split))
     if blocks * split > 1.25 * processors:
