@@ -86,14 +86,19 @@ def value(k: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     return product if dtype == torch.float32 else product.to(dtype).float()
 
 
-def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Round scales to the stored dtype; magnitudes that would vanish become the smallest one it can be trusted with.
+def least_scale(dtype: torch.dtype) -> float:
+    """The smallest magnitude that a stored scale can be trusted with.
 
     That is the smallest subnormal for float16, whose normal numbers end at 6e-5, within reach of real scales and which
     every reader computes in full; for the others the smallest normal number.
     """
     info = torch.finfo(dtype)
-    tiny = info.tiny * info.eps if dtype == torch.float16 else info.tiny
+    return info.tiny * info.eps if dtype == torch.float16 else info.tiny
+
+
+def round_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round scales to the stored dtype; magnitudes that would vanish become `least_scale`."""
+    tiny = least_scale(dtype)
     rounded = scale.to(dtype).float().clamp_(-torch.finfo(dtype).max, torch.finfo(dtype).max)
     return torch.where(rounded.abs() < tiny, torch.where(rounded < 0, -tiny, tiny), rounded)
 
@@ -119,6 +124,11 @@ def fit(
     """
     columns = weight.shape[1]
     size = columns if group_size == -1 else group_size
+    if search and weight.is_cuda:
+        from compress.cuda import search as kernel  # the same at once; a CPU needs nothing of it
+
+        if kernel.takes(weight, size, dtype, importance):
+            return Grid(*kernel.fit(weight, bits, size, symmetric, dtype, importance), bits, dtype)
     cost = torch.ones(columns, device=weight.device) if importance is None else importance
     cost = _grouped(cost[None], size)  # [1, groups, size], zero where padded
     chunk = max(1, _ROW_CHUNK_ELEMENTS // columns) if weight.device.type == "cpu" else weight.shape[0]
@@ -140,9 +150,14 @@ def _grouped(x: Tensor, size: int) -> Tensor:
     return F.pad(x, (0, groups * size - x.shape[1])).reshape(-1, groups, size)
 
 
-# shrink factors tried by the search: a coarse ladder, then a fine one around its best
-_COARSE = [1.15 - 0.05 * i for i in range(18)]
-_FINE = [-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375]
+#: shrink factors tried by the search: a coarse ladder, then a fine one around its best
+COARSE = [1.15 - 0.05 * i for i in range(18)]
+FINE = [-0.0375, -0.025, -0.0125, 0.0125, 0.025, 0.0375]
+
+
+def shifts(bits: int) -> tuple[float, ...]:
+    """What the asymmetric search tries to add to each zero point."""
+    return (0.0, -1.0, 1.0) if bits <= 4 else (0.0,)
 
 
 def _fit_symmetric(part: Tensor, bits: int, dtype: torch.dtype, search: bool, cost: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,11 +180,11 @@ def _fit_symmetric(part: Tensor, bits: int, dtype: torch.dtype, search: bool, co
         scale = torch.where(better, trial, scale)
         factor = torch.where(better, f, factor)
 
-    for f in _COARSE:
+    for f in COARSE:
         attempt(f)
         attempt(-f)
     centre = factor
-    for step in _FINE:
+    for step in FINE:
         attempt(centre + step * centre.sign())
     return scale, zero
 
@@ -195,7 +210,7 @@ def _fit_asymmetric(part: Tensor, bits: int, dtype: torch.dtype, search: bool, c
     def attempt(f: Tensor | float) -> None:
         nonlocal best, scale, zero, factor
         s, z = grid(f)
-        for shift in (0.0, -1.0, 1.0) if bits <= 4 else (0.0,):
+        for shift in shifts(bits):
             zs = (z + shift).clamp_(LOWEST_ZERO, top)
             k = nearest(part, s[..., None], -zs[..., None], top - zs[..., None])
             error = (k.mul_(s[..., None]).sub_(part).square_().mul_(cost)).sum(-1)
@@ -205,9 +220,9 @@ def _fit_asymmetric(part: Tensor, bits: int, dtype: torch.dtype, search: bool, c
             zero = torch.where(better, zs, zero)
             factor = torch.where(better, f, factor)
 
-    for f in _COARSE:
+    for f in COARSE:
         attempt(f)
     centre = factor
-    for step in _FINE:
+    for step in FINE:
         attempt(centre + step)
     return scale, zero

@@ -141,6 +141,15 @@ DEVICE void load_matrices(u32* r, u32 row) {
                  : "memory");
 }
 
+// --- arithmetic ----------------------------------------------------------------------------------------------------
+
+// a b + c, clamped to 0 .. 1; NaN becomes 0.
+DEVICE float fma_saturated(float a, float b, float c) {
+    float d;
+    asm("fma.rn.ftz.sat.f32 %0, %1, %2, %3;" : "=f"(d) : "f"(a), "f"(b), "f"(c));
+    return d;
+}
+
 // --- logic ---------------------------------------------------------------------------------------------------------
 
 // (a & mask) | with, in one instruction

@@ -15,9 +15,7 @@
 // Macros: KIND and what it asks for (weights.cuh); T: Half or BFloat, the type of x and out; NT, RT, WARPS, DEPTH, BESIDE,
 // SPLIT; OUTLIERS: 1 where there is such a list; SPARSE.
 #include "tile.cuh"
-#if SPLIT > 1
 #include "hopper.cuh"
-#endif
 
 #ifndef OUTLIERS
 #define OUTLIERS 0

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import compress
-from compress.solvers import columns
+from compress.solvers import columns, kernel
 from compress.solvers.hessian import row_losses
 from compress.stats import accumulate
 from compress.types import LayerStats
@@ -37,8 +37,8 @@ def problem(columns_: int, rows: int, seed: int = 0) -> tuple[torch.Tensor, torc
 
 @pytest.mark.parametrize("asymmetric", [False, True])
 @pytest.mark.parametrize("shape", [(64, 48), (576, 200), (320, 1024)])
-def test_captured_loops_equal_their_twins(shape: tuple[int, int], asymmetric: bool) -> None:
-    """The same arithmetic on the same device: replaying the graph gives what the plain loop gives."""
+def test_loops_equal_their_twins(shape: tuple[int, int], asymmetric: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured in a graph, Python's loop gives what it gives; the kernel the same but for sums in another order."""
     weight, hessian = problem(*shape)
     w, h = weight.t().contiguous().cuda(), hessian.cuda()
     factor = torch.linalg.cholesky(
@@ -46,13 +46,25 @@ def test_captured_loops_equal_their_twins(shape: tuple[int, int], asymmetric: bo
     )
     scale = torch.full_like(w, 0.005)
     zero = torch.full_like(w, 7.0) if asymmetric else None
-    extra = [] if zero is None else [zero]
-    plain = columns._sweep(4, torch.bfloat16, 128, w, factor, scale, *extra)
-    for _ in range(2):
-        assert torch.equal(columns.sweep(w, factor, scale, zero, 4, torch.bfloat16, 128), plain)
-    better = columns._descend(4, torch.bfloat16, 128, plain, w, h, scale, *extra)
-    for _ in range(2):
-        assert torch.equal(columns.descend(plain, w, h, scale, zero, 4, torch.bfloat16, 128), better)
+    last = (4, torch.bfloat16, 128)
+    with monkeypatch.context() as off:
+        off.setenv("COMPRESS_KERNELS", "0")
+        plain = columns._sweep(*last, w, factor, scale, zero)
+        better = columns._descend(*last, plain, w, h, scale, zero)
+        for _ in range(2):
+            assert torch.equal(columns.sweep(w, factor, scale, zero, *last), plain)
+            assert torch.equal(columns.descend(plain, w, h, scale, zero, *last), better)
+    if not kernel.usable(w):
+        return
+    ours = columns.sweep(w, factor, scale, zero, *last)
+    descended = columns.descend(plain, w, h, scale, zero, *last)
+    for _ in range(20):
+        assert torch.equal(columns.sweep(w, factor, scale, zero, *last), ours)
+        assert torch.equal(columns.descend(plain, w, h, scale, zero, *last), descended)
+    for mine, theirs in ((ours, plain), (descended, better)):
+        assert float((mine != theirs).float().mean()) < 0.01
+        losses = [float(row_losses((w - k * scale).t(), h).sum()) for k in (mine, theirs)]
+        assert losses[0] == pytest.approx(losses[1], rel=5e-4)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -179,9 +179,7 @@ def single(bits: int, rows: int, columns: int, processors: int) -> Single:
     return Single(1, min(warps, 4 if chunks < 8 else 8 if chunks < 16 else 16), 2 if bits == 8 else 3)
 
 
-def narrow(
-    kind: int, bits: int, tokens: int, rows: int, columns: int, processors: int, hopper: bool = False
-) -> Narrow:
+def narrow(kind: int, bits: int, tokens: int, rows: int, columns: int, processors: int, hopper: bool = False) -> Narrow:
     """The rule for few tokens: blocks as high as leave one to (nearly) each processor, since all rows of a block share
     its inputs; with 9 to 16 tokens on Hopper twice as high, and two blocks to a cluster."""
     token_tiles = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8

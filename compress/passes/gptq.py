@@ -32,9 +32,9 @@ from compress import grid
 from compress.errors import CompressError
 from compress.grid import Grid
 from compress.packed.uniform import UniformGrid, group_index
-from compress.solvers import columns, obq
+from compress.solvers import columns, kernel, obq
 from compress.solvers.columns import blocks
-from compress.solvers.hessian import factorise, refit_kept, refit_scales, row_losses, runs, unvisit, visiting_order
+from compress.solvers.hessian import prepare, refit_kept, refit_scales, row_losses, runs, unvisit
 from compress.solvers.masks import Choice, Growing, expected
 from compress.types import LayerStats, Needs, Solved, Storage
 
@@ -71,6 +71,9 @@ class GPTQ:
     )
     refit: bool = field(default=True, metadata={"help": "least-squares refit of the group scales to the codes"})
     descent: int = field(default=1, metadata={"help": "sweeps of coordinate descent over the codes after GPTQ"})
+    tf32: bool = field(
+        default=False, metadata={"help": "on a GPU, TF32 products in the loops: faster; codes move, the loss does not"}
+    )
     activations: Literal["none", "token"] = field(
         default="none",
         metadata={"help": "token: 8-bit activations, a scale a token (W8A8); needs --bits 8, symmetric, a scale a row"},
@@ -155,12 +158,11 @@ class GPTQ:
         target = weight.float()
         hessian = stats.hessian.float()
         size = -1 if self.group_size is None else self.group_size
-        dead = hessian.diagonal() <= 0
-        order = visiting_order(hessian.diagonal(), self.act_order != "none", choice)
+        ready = prepare(hessian, self.damp_percent, self.act_order != "none", choice)
+        order, damped, factor, notes = ready.visit, ready.damped, ready.factor, list(ready.notes)
         back = torch.argsort(order)
-        damped, factor, notes = factorise(hessian[order][:, order], dead[order], self.damp_percent)
-        if dead.any():
-            notes.append(f"{int(dead.sum())} of {len(dead)} input columns were never active: rounded to nearest")
+        if ready.dead:
+            notes.append(f"{ready.dead} of {len(order)} input columns were never active: rounded to nearest")
 
         given = stats.mask
         if self.act_order == "groups":  # the whole problem is permuted, so that groups are contiguous again
@@ -180,11 +182,11 @@ class GPTQ:
             k, _, grids = self._swept(best, *problem, left, left, None, scale_dtype)
         alive = kept if given is None else given if kept is None else given & kept
         k, grids = self._polish(k, target, damped, grids, size, groups, visit, alive)
-        k, worse = keep_better_rows(k, target, hessian, grids, groups, alive)
+        k, loss, worse = keep_better_rows(k, target, hessian, grids, groups, alive)
         if worse:
             notes.append(f"{worse} of {len(target)} rows kept their round-to-nearest codes: their loss was lower")
         last = back if self.act_order == "groups" else None
-        return self._solved(k, grids, groups, target, hessian, last, tuple(notes)), kept
+        return self._solved(k, grids, groups, loss, row_losses(target, hessian), last, tuple(notes)), kept
 
     def _swept(
         self, target: Tensor, factor: Tensor, damped: Tensor, importance: Tensor, groups: Tensor, visit: Tensor,
@@ -212,9 +214,10 @@ class GPTQ:
         w = target[:, visit].t().contiguous()
         fixed = None if given is None else given[:, visit].t().contiguous()
         run = (w, factor, scale, zero, self.bits, grids.dtype, self.block_size)
-        if choice is None:
-            return unvisit(columns.sweep(*run, fixed), visit), None
-        k, kept = columns.prune(*run, choice, fixed)
+        with columns.products(self.tf32):
+            if choice is None:
+                return unvisit(columns.sweep(*run, fixed), visit), None
+            k, kept = columns.prune(*run, choice, fixed)
         return unvisit(k, visit), unvisit(kept, visit)
 
     def _by_column(self, grids: Grid, groups: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -228,32 +231,51 @@ class GPTQ:
     ) -> tuple[Tensor, Tensor | None, Grid]:  # fmt: skip
         """GPTQ's loop where each group's grid is fitted, at its first column, to weights that carry every update."""
         w = target.t().clone(memory_format=torch.contiguous_format)  # [in, out]; never the caller's own memory
-        mask = Growing(w, factor, choice, None if given is None else given.t())
+        mask = Growing(w, factor, choice, None if given is None else given.t().contiguous())
         k = torch.empty_like(w)
         scale, zero = grids.scale.clone(), grids.zero.clone()
-        for start, stop in blocks(len(w), self.block_size, groups, *mask.labels):
-            error = torch.empty_like(w[start:stop])
+        inverse = factor.diagonal().reciprocal()
+        size, run = groups.count(groups[0]), choice.pattern.m if choice is not None else 0
+        fast = None if run and size % run else kernel.find(w, grids.dtype, self.bits, pruned=mask.runs)
+
+        def fit(first: int) -> None:
+            """The grid of the group that begins at column `first`."""
+            g = groups[first]
+            end = first + groups[first:].count(g)
+            seen = w[first:end].t() if fitted is None else w[first:end].t() * fitted[:, first:end]
+            now = grid.fit(
+                seen.contiguous(), self.bits, -1, self.symmetric, grids.dtype, self.scale_search, importance[first:end]
+            )
+            scale[:, g], zero[:, g] = now.scale[:, 0], now.zero[:, 0]
+
+        def decide(start: int, stop: int, error: Tensor) -> None:
             for first, last in runs(groups, start, stop):
-                g = groups[first]
+                g, mine = groups[first], slice(first, last)
                 if first == 0 or groups[first - 1] != g:
-                    end = first + groups[first:].count(g)
-                    seen = w[first:end].t() if fitted is None else w[first:end].t() * fitted[:, first:end]
-                    now = grid.fit(
-                        seen.contiguous(), self.bits, -1, self.symmetric, grids.dtype, self.scale_search,
-                        importance[first:end],
-                    )  # fmt: skip
-                    scale[:, g], zero[:, g] = now.scale[:, 0], now.zero[:, 0]
+                    fit(first)
                 s, z = scale[:, g], zero[:, g]
+                if fast is not None:
+                    alive = mask.begin(start, stop, fast.chooses)
+                    fast(w[mine], factor[mine, mine], inverse[mine], s.repeat(last - first, 1),
+                         None if self.symmetric else z.repeat(last - first, 1), alive, None, k[mine], error,
+                         kept=columns.part(mask.kept, mine))  # fmt: skip
+                    return
                 low, high = -z, 2**self.bits - 1 - z
                 for i in range(first, last):
                     mask.reach(i)
                     k[i] = grid.nearest(w[i], s, low, high)
                     mask.clear(k[i], i)
-                    error[i - start] = (w[i] - grid.value(k[i], s, grids.dtype)) / factor[i, i]
+                    error[i - start] = (w[i] - grid.value(k[i], s, grids.dtype)) * inverse[i]
                     if i + 1 < stop:
                         w[i + 1 : stop].addr_(factor[i, i + 1 : stop], error[i - start], alpha=-1)
-            if stop < len(w):
-                w[stop:].addmm_(factor[start:stop, stop:].t(), error, alpha=-1)
+
+        edges = list(
+            blocks(len(w), self.block_size if fast is None else fast.block(self.block_size), groups, *mask.labels)
+        )
+        if fast is not None:  # whose blocks lie in one group each
+            edges = [part for start, stop in edges for part in runs(groups, start, stop)]
+        with columns.products(self.tf32):
+            columns.lazily(edges, w, factor, decide, (groups, *mask.labels))
         kept = None if mask.kept is None else mask.kept.t().contiguous()
         return k.t().contiguous(), kept, Grid(scale, zero, self.bits, grids.dtype)
 
@@ -271,9 +293,10 @@ class GPTQ:
             if done < self.descent:
                 scale, zero = self._by_column(grids, groups[visit])
                 levels = k[:, visit].t().contiguous()
-                levels = columns.descend(
-                    levels, wanted, ordered, scale, zero, self.bits, grids.dtype, self.block_size, fixed
-                )
+                with columns.products(self.tf32):
+                    levels = columns.descend(
+                        levels, wanted, ordered, scale, zero, self.bits, grids.dtype, self.block_size, fixed
+                    )
                 k = unvisit(levels, visit)
         return k, grids
 
@@ -282,12 +305,11 @@ class GPTQ:
         k: Tensor,
         grids: Grid,
         groups: Tensor,
-        target: Tensor,
-        hessian: Tensor,
+        loss: Tensor,
+        norm: Tensor,
         back: Tensor | None,
         notes: tuple[str, ...],
     ) -> Solved:
-        error = target - grid.value(k, grids.scale[:, groups], grids.dtype)
         codes = (k + grids.zero[:, groups]).to(torch.uint8)
         g_idx = None
         if back is not None:
@@ -296,17 +318,18 @@ class GPTQ:
         zeros = None if self.symmetric else grids.zero.to(torch.uint8)
         size = -1 if self.group_size is None else self.group_size
         packed = UniformGrid(codes, grids.scale.to(grids.dtype), zeros, self.bits, size, g_idx, self._activations)
-        return Solved(packed, row_losses(error, hessian), row_losses(target, hessian), notes)
+        return Solved(packed, loss, norm, notes)
 
 
 def keep_better_rows(
     k: Tensor, target: Tensor, hessian: Tensor, grids: Grid, groups: Tensor, alive: Tensor | None = None
-) -> tuple[Tensor, int]:
-    """Replace rows that lose to round-to-nearest on the same grid and mask. Returns the levels and how many."""
+) -> tuple[Tensor, Tensor, int]:
+    """Replace rows that lose to round-to-nearest on the same grid and mask. Returns the levels, what each row then loses
+    (float32 [out]), and how many were replaced."""
     scale = grids.scale[:, groups]
     plain = grid.nearest(target, scale, grids.low[:, groups], grids.high[:, groups])
     plain = plain if alive is None else plain * alive
     ours = row_losses(target - grid.value(k, scale, grids.dtype), hessian)
     theirs = row_losses(target - grid.value(plain, scale, grids.dtype), hessian)
     worse = theirs < ours
-    return torch.where(worse[:, None], plain, k), int(worse.sum())
+    return torch.where(worse[:, None], plain, k), torch.where(worse, theirs, ours), int(worse.sum())

@@ -40,8 +40,9 @@ from compress.packed import bilevel, outliers
 from compress.packed.bilevel import PLAIN, BiLevel, Statistic
 from compress.packed.outliers import Outliers
 from compress.packed.uniform import group_index
+from compress.solvers import columns
 from compress.solvers import spqr as spqr_sweep
-from compress.solvers.hessian import factorise, row_losses, unvisit
+from compress.solvers.hessian import prepare, row_losses, unvisit
 from compress.solvers.spqr import Grids, Solution
 from compress.types import LayerStats, Needs, Packed, Solved, Storage, bits_per_weight
 
@@ -83,6 +84,9 @@ class SpQR:
     descent: int = field(
         default=1, metadata={"help": "sweeps of coordinate descent over codes and outliers after GPTQ"}
     )
+    tf32: bool = field(
+        default=False, metadata={"help": "on a GPU, TF32 products in the loops: faster; codes move, the loss does not"}
+    )
 
     def __post_init__(self) -> None:
         for flag, bits in (("--qq-scale-bits", self.qq_scale_bits), ("--qq-zero-bits", self.qq_zero_bits)):
@@ -122,13 +126,13 @@ class SpQR:
         if in_features and self.group_size > max(in_features):
             what = f"group size {self.group_size} is larger than the widest layer's in_features {max(in_features)}"
             raise CompressError(what, "--group-size", f"use {max(in_features)} or less")
-        for columns in sorted(in_features) if self.average_bits is not None else ():
-            shape = (1 << 14, columns)  # many rows: what a row costs
+        for width in sorted(in_features) if self.average_bits is not None else ():
+            shape = (1 << 14, width)  # many rows: what a row costs
             least = 8 * self._bytes(shape, 0, torch.float16) / prod(shape)
             if least > self.average_bits:  # type: ignore[operator]
                 raise CompressError(
                     f"average bits {self.average_bits:g} is less than the {least:.3f} that a layer with in_features "
-                    f"{columns} takes without outliers", "--average-bits",
+                    f"{width} takes without outliers", "--average-bits",
                     f"use {least + 0.01:.2f} or more, or fewer --bits or a larger --group-size",
                 )  # fmt: skip
         return self
@@ -180,13 +184,10 @@ class SpQR:
             what = "the weights were pruned, and a two-level grid need not hold 0"
             raise CompressError(what, remedy="quantise pruned weights with gptq or rtn")
         target, hessian = weight.float(), stats.hessian.float()
-        dead = hessian.diagonal() <= 0
-        visit = torch.arange(len(hessian), device=hessian.device)
-        if self.act_order:
-            visit = torch.argsort(hessian.diagonal(), descending=True, stable=True)
-        damped, factor, notes = factorise(hessian[visit][:, visit], dead[visit], self.damp_percent)
-        if dead.any():
-            notes.append(f"{int(dead.sum())} of {len(dead)} input columns were never active: rounded to nearest")
+        ready = prepare(hessian, self.damp_percent, self.act_order)
+        visit, damped, factor, notes = ready.visit, ready.damped, ready.factor, list(ready.notes)
+        if ready.dead:
+            notes.append(f"{ready.dead} of {len(visit)} input columns were never active: rounded to nearest")
         importance = torch.empty_like(factor[0])
         importance[visit] = factor.diagonal().square().reciprocal()
 
@@ -197,9 +198,11 @@ class SpQR:
         grids = scale_of, zero_of, mask[:, visit].t().contiguous()
         wanted = target[:, visit].t().contiguous()
         last = (self.bits, scale_dtype, self.block_size)
-        solved = spqr_sweep.sweep(wanted, factor, grids, *last)
+        with columns.products(self.tf32):
+            solved = spqr_sweep.sweep(wanted, factor, grids, *last)
         for _ in range(self.descent):
-            solved = spqr_sweep.descend(solved, wanted, damped, grids, *last)
+            with columns.products(self.tf32):
+                solved = spqr_sweep.descend(solved, wanted, damped, grids, *last)
         solved = self._keep_better_rows(solved, wanted, hessian[visit][:, visit], grids, scale_dtype, notes)
         codes, values = (unvisit(x, visit) for x in solved)
         packed = self._packed(codes, values, scale, zero, mask, scale_dtype)

@@ -1,20 +1,28 @@
 """The two loops that go column by column: GPTQ's sweep, which may prune as it goes (SparseGPT), and coordinate descent.
 Everything is [in, out], so that a column of the weight matrix is contiguous, and already in the order of the visit.
 
-Each column is a dozen tiny operations, so on a GPU most of the time would be launches: there the loop is captured once
-a shape in a CUDA graph and replayed. On a CPU, and as the definition, it is the same Python.
+Columns go in blocks, blocks in super-blocks: what a block changes of later columns is one matrix product for those of
+its super-block, and another for the rest when the super-block is over.
+
+A column is a dozen tiny operations. On a GPU a block's are one kernel (kernels/columns.cu). On a CPU, and as the
+definition, it is the same in Python; a GPU without that kernel captures the loop once a shape in a CUDA graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from compress.solvers import kernel
 from compress.solvers.masks import Choice, Growing
+
+#: columns of a super-block, about
+SUPER = 512
 
 #: levels of the symmetric grid need no zero tensor; the asymmetric one passes zero [in, out]
 Bounds = tuple[Tensor | float, Tensor | float]
@@ -48,6 +56,57 @@ def blocks(count: int, block_size: int, *labels: list[int]) -> Iterator[tuple[in
                     stop, moved = first, True
         yield start, stop
         start = stop
+
+
+@contextlib.contextmanager
+def products(tf32: bool) -> Iterator[None]:
+    """Inside, float32 matrix products on a GPU are made in TF32, or in full whatever was set."""
+    settings = torch.backends.cuda.matmul
+    before = settings.allow_tf32
+    settings.allow_tf32 = tf32
+    try:
+        yield
+    finally:
+        settings.allow_tf32 = before
+
+
+def lazily(
+    edges: Sequence[tuple[int, int]],
+    state: Tensor,
+    moves: Tensor,
+    decide: Callable[[int, int, Tensor], None],
+    labels: Sequence[list[int]] = (),
+) -> None:
+    """Decide block after block and let later columns move.
+
+    Args:
+        edges: of the blocks, see `blocks`.
+        state: float32 [in, out], what the columns are decided from; it is moved.
+        moves: float32 [in, in]: column j moves by -moves[i, j] times what column i is off.
+        decide: given a block's first and last column and a tensor [columns, out], decides the block and writes what its
+            columns are off there.
+        labels: as for `blocks`; no super-block ends within a group either.
+    """
+    last = len(state)
+    ends = [stop for _, stop in edges]
+    first = 0
+    while first < len(edges):
+        begin = edges[first][0]
+        past = first
+        while past < len(edges) - 1 and (
+            ends[past] - begin < SUPER or any(x[ends[past] - 1] == x[ends[past]] for x in labels)
+        ):
+            past += 1
+        end = ends[past]
+        off = torch.empty_like(state[begin:end])
+        for start, stop in edges[first : past + 1]:
+            mine = off[start - begin : stop - begin]
+            decide(start, stop, mine)
+            if stop < end:
+                state[stop:end].addmm_(moves[start:stop, stop:end].t(), mine, alpha=-1)
+        if end < last:
+            state[end:].addmm_(moves[begin:end, end:].t(), off, alpha=-1)
+        first = past + 1
 
 
 def sweep(
@@ -166,13 +225,21 @@ def _prune(
 ) -> tuple[Tensor, ...]:  # fmt: skip
     low, high = bounds(zero, bits)
     w = w.clone()
+    inverse = factor.diagonal().reciprocal()
     mask = Growing(w, factor, choice, given)
     k = torch.empty_like(w)
     now = torch.empty_like(w[0])
     rounded = None if dtype == torch.float32 else torch.empty_like(now, dtype=dtype)
-    for start, stop in blocks(len(w), block, *mask.labels):
-        inner, u = w[start:stop], factor[start:stop, start:stop]
-        error = torch.empty_like(inner)
+    fast = kernel.find(w, dtype, 0 if scale is None else bits, pruned=mask.runs)
+
+    def decide(start: int, stop: int, error: Tensor) -> None:
+        nonlocal now
+        inner, u, mine = w[start:stop], factor[start:stop, start:stop], slice(start, stop)
+        if fast is not None:
+            alive = mask.begin(start, stop, fast.chooses)
+            fast(inner, u, inverse[mine], part(scale, mine), part(zero, mine), alive, None, k[mine], error,
+                 kept=part(mask.kept, mine))  # fmt: skip
+            return
         for i in range(stop - start):
             j = start + i
             mask.reach(j)
@@ -185,11 +252,12 @@ def _prune(
                 mask.clear(k[j], j)
                 now = k[j]
             torch.sub(inner[i], now, out=error[i])
-            error[i].div_(u[i, i])
+            error[i].mul_(inverse[j])
             if i + 1 < stop - start:
                 inner[i + 1 :].addr_(u[i, i + 1 :], error[i], alpha=-1)
-        if stop < len(w):
-            w[stop:].addmm_(factor[start:stop, stop:].t(), error, alpha=-1)
+
+    size = block if fast is None else fast.block(block)
+    lazily(list(blocks(len(w), size, *mask.labels)), w, factor, decide, mask.labels)
     return (k,) if mask.kept is None else (k, mask.kept)
 
 
@@ -202,53 +270,67 @@ def _descend(
     now = k * scale
     if dtype != torch.float32:
         now = now.to(dtype).float()
+    inverse = hessian.diagonal().reciprocal()
     gradient = hessian @ (target - now)
     fresh, level = torch.empty_like(now[0]), torch.empty_like(now[0])
     rounded = None if dtype == torch.float32 else torch.empty_like(fresh, dtype=dtype)
-    for start in range(0, len(k), block):
-        stop = min(start + block, len(k))
-        local, h = gradient[start:stop].clone(), hessian[start:stop, start:stop]
-        moved = torch.empty_like(local)
+    fast = kernel.find(k, dtype, bits, descend=True)
+
+    def decide(start: int, stop: int, moved: Tensor) -> None:
+        local, h, mine = gradient[start:stop], hessian[start:stop, start:stop], slice(start, stop)
+        if fast is not None:
+            fast(local, h, inverse[mine], scale[mine], part(zero, mine), part(given, mine), now[mine], k[mine], moved)
+            return
         for i in range(stop - start):
             j = start + i
-            torch.div(local[i], h[i, i], out=level)
+            torch.mul(local[i], inverse[j], out=level)
             level.add_(now[j])
             _quantise(level, scale[j], _row(low, j), _row(high, j), k[j])
             if given is not None:
                 k[j].mul_(given[j])
             _value(k[j], scale[j], fresh, rounded)
             torch.sub(fresh, now[j], out=moved[i])
-            now[j].copy_(fresh)
             if i + 1 < stop - start:
                 local[i + 1 :].addr_(h[i, i + 1 :], moved[i], alpha=-1)
-        gradient.addmm_(hessian[start:stop].t(), moved, alpha=-1)
+
+    size = block if fast is None else fast.block(block)
+    lazily(list(blocks(len(k), size)), gradient, hessian, decide)
     return k
+
+
+def part(x: Tensor | None, rows: slice) -> Tensor | None:
+    return None if x is None else x[rows]
 
 
 _Run = Callable[..., tuple[Tensor, ...]]
 
 
 def _run(loop: Callable[..., Any], settings: tuple[Any, ...], *tensors: Tensor | None) -> tuple[Tensor, ...]:
-    """Call `loop(*settings, *tensors)`, captured on a GPU."""
+    """Call `loop(*settings, *tensors)`; captured on a GPU for which there is no kernel."""
     first = tensors[0]
     assert first is not None
+    if first.device.type != "cuda" or kernel.usable(first):
+        found = loop(*settings, *tensors)
+        return found if isinstance(found, tuple) else (found,)
     present = tuple(t is not None for t in tensors)
-    run = _captured(loop, tuple(first.shape), present, settings, str(first.device))
+    tf32 = torch.backends.cuda.matmul.allow_tf32  # a graph keeps the products that it was captured with
+    run = _captured(loop, tuple(first.shape), present, settings, str(first.device), tf32)
     return run(*[t for t in tensors if t is not None])
 
 
 @lru_cache(maxsize=16)
 def _captured(
-    loop: Callable[..., Any], shape: tuple[int, ...], present: tuple[bool, ...], settings: tuple[Any, ...], device: str
-) -> _Run:
-    """The loop for one shape: itself on a CPU, a captured CUDA graph on a GPU."""
+    loop: Callable[..., Any], shape: tuple[int, ...], present: tuple[bool, ...], settings: tuple[Any, ...], device: str,
+    tf32: bool,
+) -> _Run:  # fmt: skip
+    """The loop for one shape as a CUDA graph."""
 
     def plain(*tensors: Tensor) -> tuple[Tensor, ...]:
         rest = iter(tensors)
         found = loop(*settings, *[next(rest) if there else None for there in present])
         return found if isinstance(found, tuple) else (found,)
 
-    return _Graph(plain) if device.startswith("cuda") else plain
+    return _Graph(plain)
 
 
 class _Graph:
@@ -261,7 +343,7 @@ class _Graph:
     def __call__(self, *tensors: Tensor) -> tuple[Tensor, ...]:
         if self._graph is None:
             self._inputs = [t.clone(memory_format=torch.contiguous_format) for t in tensors]
-            torch.eye(8, device=tensors[0].device) @ torch.eye(8, device=tensors[0].device)  # sets cuBLAS up
+            self._function(*self._inputs)  # kernels are compiled and cuBLAS is set up, which no graph can hold
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(self._graph):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,6 +18,52 @@ from compress.solvers.masks import Choice
 #: each failed Cholesky multiplies the damp by this; it ends far above any Hessian's own diagonal
 _DAMP_STEP = 10.0
 _DAMP_LIMIT = 1e4
+_LEAST = 256  # triangular matrices of at most so many rows are inverted at once
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What the second-order passes make of a Hessian before they look at a weight.
+
+    Attributes:
+        visit: int64 [in], the columns in the order of the visit.
+        dead: how many columns were never active.
+        damped, factor: float32 [in, in], see `factorise`, both in that order.
+        notes: what the report must say.
+    """
+
+    visit: Tensor
+    dead: int
+    damped: Tensor
+    factor: Tensor
+    notes: tuple[str, ...]
+
+
+_Key = tuple[int, float, bool, Choice | None]
+#: the last one, for the layers that share its input; it goes when the Hessian does
+_last: list[tuple[weakref.ref[Tensor], _Key, Prepared]] = []
+
+
+def prepare(hessian: Tensor, damp_percent: float, by_size: bool, choice: Choice | None = None) -> Prepared:
+    """Order and factors for float32 H [in, in], made once for layers that are given the same tensor one after another.
+
+    Args:
+        by_size, choice: see `visiting_order`.
+
+    Raises:
+        CompressError: H is not finite.
+    """
+    key = (hessian._version, damp_percent, by_size, choice)
+    if _last and _last[0][0]() is hessian and _last[0][1] == key:
+        return _last[0][2]
+    _last.clear()
+    diagonal = hessian.diagonal()
+    visit = visiting_order(diagonal, by_size, choice)
+    dead = diagonal <= 0
+    damped, factor, notes = factorise(hessian[visit][:, visit], dead[visit], damp_percent)
+    found = Prepared(visit, int(dead.sum()), damped, factor, tuple(notes))
+    _last.append((weakref.ref(hessian, lambda _: _last.clear()), key, found))
+    return found
 
 
 def factorise(hessian: Tensor, dead: Tensor, damp_percent: float) -> tuple[Tensor, Tensor, list[str]]:
@@ -45,8 +93,7 @@ def factorise(hessian: Tensor, dead: Tensor, damp_percent: float) -> tuple[Tenso
         trial.diagonal().add_(percent * mean)
         lower, info = torch.linalg.cholesky_ex(trial.flip(0, 1))
         if int(info) == 0:
-            eye = torch.eye(len(trial), dtype=trial.dtype, device=trial.device)
-            inverse = torch.linalg.solve_triangular(lower, eye, upper=False)
+            inverse = invert_lower(lower)
             if bool(torch.isfinite(inverse).all()):
                 return trial, inverse.flip(0, 1).contiguous(), notes
         raised = max(percent * _DAMP_STEP, 1e-6)
@@ -54,6 +101,21 @@ def factorise(hessian: Tensor, dead: Tensor, damp_percent: float) -> tuple[Tenso
             raise CompressError(f"no damp up to {_DAMP_LIMIT:g} makes the Hessian positive definite")
         notes.append(f"Cholesky failed at damp {percent:g}: raised to {raised:g}")
         percent = raised
+
+
+def invert_lower(lower: Tensor) -> Tensor:
+    """The inverse of a lower triangular matrix [n, n]: of its halves on the diagonal, the rest by two products."""
+    n = len(lower)
+    if n <= _LEAST:
+        eye = torch.eye(n, dtype=lower.dtype, device=lower.device)
+        small: Tensor = torch.linalg.solve_triangular(lower, eye, upper=False)
+        return small
+    half = n // 2
+    first, second = invert_lower(lower[:half, :half]), invert_lower(lower[half:, half:])
+    inverse = torch.zeros_like(lower)
+    inverse[:half, :half], inverse[half:, half:] = first, second
+    inverse[half:, :half] = (second @ (lower[half:, :half] @ first)).neg_()
+    return inverse
 
 
 def visiting_order(diagonal: Tensor, by_size: bool, choice: Choice | None = None) -> Tensor:
@@ -104,8 +166,8 @@ def refit_scales(k: Tensor, target: Tensor, damped: Tensor, grids: Grid, size: i
     b = segment_sum((error @ damped) * k, size)  # [out, groups]
     a = torch.empty(len(k), groups, groups, device=k.device)
     for g in range(groups):
-        mine = slice(g * size, min((g + 1) * size, columns))
-        a[:, g] = segment_sum((k[:, mine] @ damped[mine]) * k, size)
+        mine, rest = slice(g * size, min((g + 1) * size, columns)), slice(g * size, columns)
+        a[:, g, g:] = a[:, g:, g] = segment_sum((k[:, mine] @ damped[mine, rest]) * k[:, rest], size)  # symmetric
     diagonal = a.diagonal(dim1=1, dim2=2)
     diagonal += 1e-5 * diagonal.mean(1, keepdim=True)
     step, info = torch.linalg.solve_ex(a, b)

@@ -175,6 +175,7 @@ class Growing:
     Attributes:
         kept: bool [in, out], what the choice keeps; None without a choice.
         labels: for `columns.blocks`, so that runs are chosen from weights that carry every update.
+        runs: for `kernel.find`; None where nothing is chosen.
     """
 
     def __init__(self, w: Tensor, factor: Tensor, choice: Choice | None, given: Tensor | None) -> None:
@@ -184,6 +185,7 @@ class Growing:
         given: bool [in, out], False where weights must be zero whatever is chosen: they are chosen first.
         """
         self._choice, self._w, self._given = choice, w, given
+        self.runs: tuple[int, int, int] | None = None
         self._diagonal = factor.diagonal()[:, None]
         self._alive = given
         self._counts: Sequence[int | Tensor] = ()
@@ -193,6 +195,8 @@ class Growing:
             self._counts = choice.counts(self._score(slice(0, len(w))))
             self._alive = torch.ones_like(w, dtype=torch.bool) if given is None else given.clone()
             self.labels = [[i // choice.length for i in range(len(w))]]
+            drop = choice.pattern.m - choice.pattern.n if choice.pattern.m else 0
+            self.runs = (choice.length, drop, len(w) if drop else choice.length)
 
     def _score(self, run: slice) -> Tensor:
         return score_of(self._w[run], self._diagonal[run], None if self._given is None else self._given[run])
@@ -207,6 +211,14 @@ class Growing:
         kept = self._choice.keep(self._score(run), self._counts[column // self._choice.length])
         self.kept[run] = kept
         self._alive[run] &= kept
+
+    def begin(self, start: int, stop: int, chosen_there: bool) -> Tensor | None:
+        """bool [columns, out] of a block, or None: what may differ from 0, before a kernel decides the block's columns;
+        what that chooses itself is not in it."""
+        if chosen_there:
+            return None if self._given is None else self._given[start:stop]
+        self.reach(start)
+        return None if self._alive is None else self._alive[start:stop]
 
     def clear(self, level: Tensor, column: int) -> None:
         """Zero the pruned weights among the levels [out] of a column."""

@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from compress import grid
 from compress.packed.bilevel import PLAIN, Statistic
-from compress.solvers import columns
+from compress.solvers import columns, kernel
 
 #: second-level steps are no finer than this share of the largest value, so that 16 bits can hold the offset of the
 #: smallest; and no scale is below this share of a second-level step, so that none is 0
@@ -226,21 +226,26 @@ def _sweep(
     w: Tensor, factor: Tensor, scale: Tensor, zero: Tensor, outlier: Tensor,
 ) -> Solution:  # fmt: skip
     w = w.clone()
+    inverse = factor.diagonal().reciprocal()
     k, value = torch.empty(2, *w.shape, device=w.device)
     scratch = torch.empty_like(w[0])
-    for start in range(0, len(w), block):
-        stop = min(start + block, len(w))
-        inner, u = w[start:stop], factor[start:stop, start:stop]
-        error = torch.empty_like(inner)
+    fast = kernel.find(w, dtype, bits, codes=True)
+
+    def decide(start: int, stop: int, error: Tensor) -> None:
+        inner, u, mine = w[start:stop], factor[start:stop, start:stop], slice(start, stop)
+        if fast is not None:
+            fast(inner, u, inverse[mine], scale[mine], zero[mine], outlier[mine], None, k[mine], error, value[mine])
+            return
         for i in range(stop - start):
             j = start + i
             _round(inner[i], scale[j], zero[j], outlier[j], 2**bits - 1, k[j], scratch, value[j], dtype)
             torch.sub(inner[i], value[j], out=error[i])
-            error[i].div_(u[i, i])
+            error[i].mul_(inverse[j])
             if i + 1 < stop - start:
                 inner[i + 1 :].addr_(u[i, i + 1 :], error[i], alpha=-1)
-        if stop < len(w):
-            w[stop:].addmm_(factor[start:stop, stop:].t(), error, alpha=-1)
+
+    size = block if fast is None else fast.block(block)
+    columns.lazily(list(columns.blocks(len(w), size)), w, factor, decide)
     return k, value
 
 
@@ -249,20 +254,37 @@ def _descend(
     k: Tensor, value: Tensor, target: Tensor, hessian: Tensor, scale: Tensor, zero: Tensor, outlier: Tensor,
 ) -> Solution:  # fmt: skip
     k, value = k.clone(), value.clone()
+    inverse = hessian.diagonal().reciprocal()
     gradient = hessian @ (target - value)
     wish, scratch, fresh = torch.empty(3, target.shape[1], device=target.device)
-    for start in range(0, len(k), block):
-        stop = min(start + block, len(k))
-        local, h = gradient[start:stop].clone(), hessian[start:stop, start:stop]
-        moved = torch.empty_like(local)
+    fast = kernel.find(k, dtype, bits, codes=True, descend=True)
+
+    def decide(start: int, stop: int, moved: Tensor) -> None:
+        local, h, mine = gradient[start:stop], hessian[start:stop, start:stop], slice(start, stop)
+        if fast is not None:
+            fast(
+                local,
+                h,
+                inverse[mine],
+                scale[mine],
+                zero[mine],
+                outlier[mine],
+                value[mine],
+                k[mine],
+                moved,
+                value[mine],
+            )
+            return
         for i in range(stop - start):
             j = start + i
-            torch.div(local[i], h[i, i], out=wish)
+            torch.mul(local[i], inverse[j], out=wish)
             wish.add_(value[j])
             _round(wish, scale[j], zero[j], outlier[j], 2**bits - 1, k[j], scratch, fresh, dtype)
             torch.sub(fresh, value[j], out=moved[i])
             value[j].copy_(fresh)
             if i + 1 < stop - start:
                 local[i + 1 :].addr_(h[i, i + 1 :], moved[i], alpha=-1)
-        gradient.addmm_(hessian[start:stop].t(), moved, alpha=-1)
+
+    size = block if fast is None else fast.block(block)
+    columns.lazily(list(columns.blocks(len(k), size)), gradient, hessian, decide)
     return k, value

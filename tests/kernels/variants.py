@@ -115,3 +115,22 @@ VARIANTS["wide8.cu"] = [
     of("wide8.cu", HOPPER, TOKENS=128, STAGES=6, OUTLIERS=1),
     of("wide8.cu", HOPPER, TOKENS=64, BLOCKS=2, OUTLIERS=1),
 ]
+
+BASE["columns.cu"] = {"T": "Half", "LEVELS": 1, "ZERO": 0, "ALIVE": 0, "DESCEND": 0, "CHOOSE": 0}
+VARIANTS["columns.cu"] = [
+    of("columns.cu", ALL),
+    of("columns.cu", ZERO=1, ALIVE=1, DESCEND=1),
+    of("columns.cu", T="BFloat", CHOOSE=1),
+    of("columns.cu", T="Single", LEVELS=0, ALIVE=1, CHOOSE=1),
+    of("columns.cu", T="BFloat", LEVELS=2, ZERO=1, ALIVE=1),
+    of("columns.cu", LEVELS=2, ZERO=1, ALIVE=1, DESCEND=1),
+]
+
+BASE["search.cu"] = {"T": "Half", "BITS": 4, "SYMMETRIC": 1, "WEIGHTED": 1, "TEAM": 8, "HELD": 16, "LONG": 0,
+                     "LOWEST_ZERO": 1}  # fmt: skip
+VARIANTS["search.cu"] = [
+    of("search.cu", ALL),
+    of("search.cu", T="BFloat", SYMMETRIC=0),
+    of("search.cu", T="Single", SYMMETRIC=0, WEIGHTED=0, TEAM=4, HELD=4),
+    of("search.cu", TEAM=32, LONG=1),
+]

@@ -217,6 +217,8 @@ Value atomicAdd(Value* p, std::common_type_t<Value> value) {  // the place decid
     *p = old + value;
     return old;
 }
+DEVICE float __fmul_rn(float a, float b) { return a * b; }  // g++ is told to contract nothing
+DEVICE float __fadd_rn(float a, float b) { return a + b; }
 extern "C" {
 float fmaf(float, float, float) noexcept;
 float roundf(float) noexcept;
@@ -306,6 +308,11 @@ DEVICE void barrier_some(int id, int threads) { shim::wait(id, threads); }
 DEVICE void load_matrices(u32* r, u32 row) {
     shim::Rows post = {{"load_matrices", shim::load_rows, ~0u}, r, row};
     shim::collective(&post);
+}
+
+DEVICE float fma_saturated(float a, float b, float c) {
+    const float sum = fmaf(a, b, c);
+    return sum > 0 ? sum < 1 ? sum : 1 : 0;
 }
 
 DEVICE u32 and_or(u32 a, u32 mask, u32 with) { return (a & mask) | with; }
