@@ -13,7 +13,8 @@
 // step is 32 of them.
 //
 // Macros: KIND and what it asks for (weights.cuh); T: Half or BFloat, the type of x and out; NT, RT, WARPS, DEPTH, BESIDE,
-// SPLIT; OUTLIERS: 1 where there is such a list; SPARSE.
+// SPLIT; OUTLIERS: 1 where there is such a list (`turned`: the inputs as [column][token], filled up to whole blocks);
+// SPARSE.
 #include "tile.cuh"
 #include "hopper.cuh"
 
@@ -36,25 +37,32 @@ constexpr int CODE_BYTES = Held::BYTES;
 // Scales are applied to sums over a group, or, where there are many sums and small groups, to the weights.
 constexpr bool AFTER = NT == 1 || (NT == 2 && Weights<T>::GROUP_STEPS >= 4);
 
-// The corrections of one row for every token, into sums[TOKENS], by 16 lanes.
-DEVICE void correct(u32 begin, u32 end, const u16* columns, const u16* values, const u16* x, u64 stride, int count,
-                    float* to, int lane) {
+// The corrections of one row for every token, into to[TOKENS], by 16 lanes. Inputs are [column][token] for this, so that
+// a weight finds those of eight tokens in one place.
+DEVICE void correct(u32 begin, u32 end, const u16* columns, const u16* values, const u16* turned, u64 stride, float* to,
+                    int lane) {
     float sums[TOKENS] = {};
-#pragma unroll 4
+#pragma unroll 2
     for (u32 i = begin + lane; i < end; i += 16) {
         const float value = T::low(values[i]);
-        const u16* inputs = x + columns[i];
+        const uint4* inputs = (const uint4*)(turned + columns[i] * stride);
 #pragma unroll
-        for (int m = 0; m < TOKENS; m++)
-            if (m < count) sums[m] = fmaf(value, T::low(inputs[m * stride]), sums[m]);
+        for (int n = 0; n < NT; n++) {
+            const uint4 v = inputs[n];
+            const u32 pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+            for (int p = 0; p < 4; p++) {
+                sums[8 * n + 2 * p] = fmaf(value, T::low(pairs[p]), sums[8 * n + 2 * p]);
+                sums[8 * n + 2 * p + 1] = fmaf(value, T::high(pairs[p]), sums[8 * n + 2 * p + 1]);
+            }
+        }
     }
 #pragma unroll
-    for (int m = 0; m < TOKENS; m++)
-        if (m < count) {
+    for (int m = 0; m < TOKENS; m++) {
 #pragma unroll
-            for (int step = 8; step; step >>= 1) sums[m] += __shfl_xor_sync(~0u, sums[m], step);
-            if (lane == 0) to[m] = sums[m];
-        }
+        for (int step = 8; step; step >>= 1) sums[m] += __shfl_xor_sync(~0u, sums[m], step);
+        if (lane == 0) to[m] = sums[m];
+    }
 }
 
 // sums += scale part + offset total for one tile; part is cleared, and a total that is the tile's own.
@@ -90,8 +98,8 @@ DEVICE void meet(int team) {
 
 extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
     narrow(const u8* codes, const u8* scales, const u8* offsets, const u8* table, const u32* outlier_rows,
-           const u16* outlier_columns, const u16* outlier_values, const u16* x, u16* out, int tokens, int rows,
-           int columns, int chunks, int shift) {
+           const u16* outlier_columns, const u16* outlier_values, const u16* turned, const u16* x, u16* out, int tokens,
+           int rows, int columns, int chunks, int shift) {
     extern __shared__ __align__(128) u8 shared[];
     const int lane = threadIdx.x % 32;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows it to be the warp's
@@ -167,8 +175,8 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
     if (OUTLIERS && team >= WARPS) {
         for (int r = 2 * (warp - WARPS * BESIDE); r < PART; r += 2 * HELPERS) {  // two rows a warp
             const int own_row = r + lane / 16, row = min(block_tile * TILE + (int)blockIdx.z * PART + own_row, rows - 1);
-            correct(outlier_rows[row], outlier_rows[row + 1], outlier_columns, outlier_values, x, columns, count,
-                    corrections + own_row * TOKENS, lane % 16);
+            correct(outlier_rows[row], outlier_rows[row + 1], outlier_columns, outlier_values, turned + first_token,
+                    gridDim.y * TOKENS, corrections + own_row * TOKENS, lane % 16);
         }
     }
 

@@ -193,6 +193,10 @@ def narrow(x: Tensor, layer: Layer, out: Tensor, way: choice.Narrow) -> None:
     """By narrow.cu."""
     tokens, columns = x.shape
     outliers = layer.outlier_rows is not None
+    turned = None
+    if outliers:  # a list of single weights is followed through inputs that lie token beside token
+        taken = 8 * way.token_tiles
+        turned = F.pad(x, (0, 0, 0, -tokens % taken)).t().contiguous()
     kernel = layer.kernel("narrow", x.dtype, *way.macros, ("OUTLIERS", int(outliers)), hopper=way.split > 1)
     launch(
         function(kernel, x.device.index),
@@ -200,7 +204,7 @@ def narrow(x: Tensor, layer: Layer, out: Tensor, way: choice.Narrow) -> None:
         (32 * (way.warps * way.beside + (4 if outliers else 0)),),
         (
             *layer.weight, layer.outlier_rows, layer.outlier_columns, layer.outlier_steps,
-            x, out, tokens, layer.rows, columns, layer.chunks, layer.shift,
+            turned, x, out, tokens, layer.rows, columns, layer.chunks, layer.shift,
         ),
         way.shared(layer.kind, layer.bits, layer.groups, tokens, outliers),
         x,

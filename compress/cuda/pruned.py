@@ -283,7 +283,7 @@ def few(x: Tensor, layer: PrunedGrid, out: Tensor, way: Narrow) -> None:
         way.grid(tokens, layer.rows),
         (32 * way.warps * way.beside,),
         (
-            *layer.pointers, 0, 0, 0, 0, x.data_ptr(), out.data_ptr(), tokens, layer.rows, columns,
+            *layer.pointers, 0, 0, 0, 0, 0, x.data_ptr(), out.data_ptr(), tokens, layer.rows, columns,
             layer.codes.shape[1], layer.shift,
         ),
         shared_bytes(way, tokens),
