@@ -19,6 +19,14 @@ constexpr int TILE = 16;    // rows
 constexpr int CHUNK = 128;  // columns
 constexpr int STEPS = 8;    // tensor-core steps a chunk
 
+// Bring a tile's part of a chunk to the L2, by a warp.
+template <int BYTES>
+DEVICE void prefetch_chunk(const u8* chunk, int lane) {
+#pragma unroll
+    for (int at = 0; at < BYTES; at += 1024)
+        if (at + lane * 32 < BYTES) prefetch(chunk + at + lane * 32);
+}
+
 template <int WIDTH>
 struct Words {
     static constexpr int COUNT = 2 * WIDTH;                           // a lane and chunk

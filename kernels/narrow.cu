@@ -156,8 +156,10 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
     };
 #pragma unroll
     for (int i = 0; i < DEPTH * RT; i++)
-        if (next + i / RT * STRIDE < last)
-            prefetch(next_codes[i % RT] + i / RT * STRIDE * BAND * CODE_BYTES + lane * (CODE_BYTES / 32 - 16));
+        if (next + i / RT * STRIDE < last) {
+            const u8* chunk = next_codes[i % RT] - Words<BITS>::place(lane);
+            prefetch_chunk<CODE_BYTES>(chunk + i / RT * STRIDE * BAND * CODE_BYTES, lane);
+        }
     wait_for_previous();
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) request(d, false);

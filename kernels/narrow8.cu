@@ -75,6 +75,13 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         copies_commit();
     };
 #pragma unroll
+    for (int i = 0; i < DEPTH * RT; i++) {
+        const int chunk = warp + i / RT * WARPS;
+        if (chunk < chunks)
+            prefetch_chunk<WEIGHT_BYTES>(part_of(codes, min(first_tile + i % RT, tiles - 1), chunk, chunks), lane);
+    }
+    wait_for_previous();
+#pragma unroll
     for (int d = 0; d < DEPTH; d++) fetch_weights(d, warp + d * WARPS);
     float own_row = 0, own_token = 0;  // scales; they are needed at the end
     if (threadIdx.x < ROWS) own_row = scales[min(first_tile * TILE + (int)threadIdx.x, rows - 1)];
@@ -117,6 +124,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
             fetch_inputs(d, chunk + DEPTH * WARPS);
         }
     }
+    next_may_begin();
 
     copies_wait<0>();
     if (threadIdx.x < ROWS) row_scale[threadIdx.x] = own_row;

@@ -34,6 +34,8 @@ extern "C" __global__ void __launch_bounds__(1024)
     x += (u64)blockIdx.x * columns;
     to += (u64)blockIdx.x * (chunks + outlier_chunks) * INPUT_BYTES;
     u32 held[VECTORS][4];
+    wait_for_previous();
+    next_may_begin();  // a product that fetches its weights meanwhile
 #pragma unroll
     for (int v = 0; v < VECTORS; v++) {
         const int at = (threadIdx.x + v * threads) * 8;

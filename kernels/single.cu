@@ -79,8 +79,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     };
 #pragma unroll
     for (int i = 0; i < DEPTH * RT; i++)
-        if (next + i / RT * WARPS < last)
-            prefetch(next_codes[i % RT] + i / RT * WARPS * BAND * CODE_BYTES + lane * (CODE_BYTES / 32 - 16));
+        if (next + i / RT * WARPS < last) {
+            const u8* chunk = next_codes[i % RT] - Words<BITS>::place(lane);
+            prefetch_chunk<CODE_BYTES>(chunk + i / RT * WARPS * BAND * CODE_BYTES, lane);
+        }
     wait_for_previous();
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) request(d);

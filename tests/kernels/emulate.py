@@ -61,6 +61,14 @@ const char* launch_{name}(const shim::Shape& how, const shim::Argument* argument
 """
 
 
+_RELEASE = """
+extern "C" __attribute__((visibility("default"))) void release() { shim::release(); }
+"""
+
+#: whose threads' stacks exist: a process can have no more than some ten thousand pieces of memory
+_running: list[ctypes.CDLL] = []
+
+
 class Fault(RuntimeError):
     """What a launch did that it must not do."""
 
@@ -116,6 +124,10 @@ class Emulated:
         written = {i: a for i, a in enumerate(args) if letters[i] == "p" and isinstance(a, Tensor)}
         before = {i: a.clone() for i, a in written.items()}
         results: list[dict[int, Tensor]] = []
+        if _running != [self.library]:
+            for other in _running:
+                other.release()
+            _running[:] = [self.library]
         for order in orders:
             shape = _Shape(_three(grid), _three(block), _three(1), shared_bytes, ORDERS.index(order))
             message = getattr(self.library, f"launch_{name}")(ctypes.byref(shape), array)
@@ -184,7 +196,7 @@ def _compile(file: str, flags: list[str], runtime: Path, folder: Path) -> None:
     if not names:
         raise ValueError(f'{file} has no extern "C" __global__ kernel')
     text = _KERNEL.sub(lambda m: f'extern "C" void {m[2]}(', text)
-    (folder / "all.ii").write_text(text + '\n# 1 "launchers"\n' + "\n".join(launchers))
+    (folder / "all.ii").write_text(text + '\n# 1 "launchers"\n' + "\n".join([*launchers, _RELEASE]))
     (folder / "names").write_text(" ".join(names))
     _run([COMPILER, *FLAGS, *flags, "-x", "c++-cpp-output", "-c", "all.ii", "-o", "all.o"], folder)
     _run([COMPILER, "-shared", "-Wl,-z,defs", "all.o", *map(str, runtime.glob("*.o")), "-o", "kernel.so"], folder)

@@ -149,6 +149,7 @@ void call(void (*kernel)(Parameters...)) {
 }
 // Returns what went wrong, or null. `most`: of __launch_bounds__.
 const char* launch(void (*kernel)(), const char* letters, u32 most, const Shape& how, const Argument* arguments);
+void release();  // gives the threads' stacks back, until the next launch
 constexpr u32 bound(u32 most = 1024, u32 = 0, u32 = 0) { return most; }
 }  // namespace shim
 

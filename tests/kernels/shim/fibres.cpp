@@ -253,6 +253,12 @@ static void swap_shared(u8* image, bool in) {
     part(shared + shared_room, memory_end);
 }
 
+void release() {
+    for (Fibre& f : pool) {
+        if (f.stack) munmap(f.stack - stack_guard, stack_guard + stack_bytes);
+        f.stack = nullptr, f.begun = false;
+    }
+}
 static Fibre* fibre(u32 number) {
     while (pool.size() <= number) pool.emplace_back();
     Fibre* f = &pool[number];
