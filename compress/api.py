@@ -102,6 +102,7 @@ def make_job(model: str, method: Pass | Transform | Recipe, options: Options, dr
         blocks=options.blocks,
         target=options.target,
         lm_head=options.lm_head,
+        low_memory=options.low_memory,
         seed=options.seed,
         fallback=options.format == "auto" and options.target is None,
         verify=not options.no_verify,

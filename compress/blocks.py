@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress import linear as computing
+from compress.ahead import Lane, Reader, Timed, untimed
 from compress.errors import CompressError
 from compress.formats.base import LayerShape
 from compress.skeleton import Part, decoder_blocks, disk_names, keeps_transposed, skeleton
@@ -74,17 +75,24 @@ class BlockModel:
         dtype: compute dtype of parameters and hidden states.
         device: where a block runs.
         trust_remote_code: allow model code from the checkpoint's folder.
+        lean: what stands outside the blocks is on the device only while it is needed (`rest`).
 
     Raises:
         CompressError: not a causal language model, shapes that do not fit config.json, tensors missing.
     """
 
     def __init__(
-        self, weights: Weights, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
+        self,
+        weights: Weights,
+        dtype: torch.dtype,
+        device: torch.device,
+        trust_remote_code: bool = False,
+        lean: bool = False,
     ) -> None:
         self.weights = weights
         self.dtype = dtype
         self.device = device
+        self.lean = lean
         self.model = skeleton(weights, trust_remote_code)
         self.model.config.use_cache = False
         self._list_name, self._blocks = decoder_blocks(self.model, weights.folder)
@@ -164,13 +172,29 @@ class BlockModel:
 
     # -- loading and freeing ------------------------------------------------------------------------------------
 
-    def load(self, block: int) -> nn.Module:
-        """Make a block's parameters real on the device, in the compute dtype. The block behind the last is the head."""
+    def ahead(self, blocks: Iterable[int], lane: Lane, timed: Timed = untimed) -> Reader:
+        """Reads each of `blocks` while the one before it is worked on; what it takes is for `load`."""
+        return Reader([(b, self._stored(b)) for b in blocks], self.weights.checkpoint.read, lane, timed)
+
+    def _stored(self, block: int) -> list[str]:
+        """Names of the stored tensors that make a block; none for the head, which `prepare` reads."""
+        if block == len(self._blocks):
+            return []
+        return [stored for name in self.disk_tensors(block) for stored in self.weights.stored(name)]
+
+    def load(self, block: int, ready: dict[str, Tensor] | None = None) -> nn.Module:
+        """Make a block's parameters real on the device, in the compute dtype. The block behind the last is the head.
+
+        Args:
+            ready: its stored tensors, as far as they were read already; emptied on the way.
+
+        Raises:
+            CompressError: a tensor that holds NaN or infinity, or does in the compute dtype.
+        """
         if block == len(self._blocks):
             self.prepare()
             return self.model  # type: ignore[no-any-return]
-        for param in self._params(self.block_names[block]):
-            self._fill(param)
+        self._fill(self._params(self.block_names[block]), ready)
         loaded: nn.Module = self._blocks[block].to(self.device)
         for linear in self.linears(block):
             self._compute_as_stored(linear)
@@ -185,6 +209,18 @@ class BlockModel:
         for module in self._blocks[block].modules():
             computing.remove(module)
         self._experts_packed.clear()
+        self.rest()
+
+    def rest(self) -> None:
+        """Of a lean model, give back what stands outside the blocks until `prepare` reads it again."""
+        if not self.lean or not self._ready:
+            return
+        fresh: dict[int, nn.Parameter] = {}  # one for those that are tied
+        for name, param in list(self.model.named_parameters(remove_duplicate=False)):
+            if not name.startswith(self._list_name + "."):
+                empty = fresh.setdefault(id(param), nn.Parameter(torch.empty_like(param, device="meta"), False))
+                _put(self.model, name, empty)
+        self._ready = False
 
     def weight(self, linear: Linear) -> Tensor:
         """A loaded weight matrix as [out, in] (a view where possible)."""
@@ -233,29 +269,43 @@ class BlockModel:
     def _params(self, prefix: str) -> list[str]:
         return [p for p in self.parts if p.startswith(prefix + ".")]
 
-    def _fill(self, param: str) -> None:
+    def _fill(self, params: Iterable[str], ready: dict[str, Tensor] | None = None) -> None:
+        """Make parameters real; looks at the device once for all of them."""
+        read: list[tuple[str, Tensor]] = []  # stored tensors, and whether each is finite
+        for param in params:
+            self._fill_one(param, ready, read)
+        finite = torch.stack([good for _, good in read]).tolist() if read else []
+        for (name, _), good in zip(read, finite, strict=True):
+            if not good:
+                self._refuse(name)
+
+    def _fill_one(self, param: str, ready: dict[str, Tensor] | None, read: list[tuple[str, Tensor]]) -> None:
         parts = self.parts[param]
         like = self.model.get_parameter(param)
         if parts[0].expert is None:
-            value = self._read(parts[0].name)
+            value = self._read(parts[0].name, ready, read)
             if parts[0].name.removesuffix(".weight") in self.weights.packed and keeps_transposed(self.model, param):
                 value = value.t()  # packed layers come as [out, in]
         else:
             value = torch.empty(like.shape, dtype=self.dtype, device=self.device)
             for linear in self._experts(param, parts):
                 rows = slice(linear.first_row, linear.first_row + linear.shape[0])
-                value[linear.expert, rows] = self._read(linear.name + ".weight")
+                value[linear.expert, rows] = self._read(linear.name + ".weight", ready, read)
         _set(self.model, param, value.contiguous())
 
-    def _read(self, name: str) -> Tensor:
-        """A tensor of the checkpoint on the device, in the compute dtype."""
-        stored = self.weights.read(name, self.device)  # packed layers are unpacked there, on a GPU far faster
-        value = stored.to(self.dtype)
-        if not bool(torch.isfinite(value).all()):
-            refuse_infinite(stored, name)
-            what = f"its {float(stored.abs().max()):.1e} overflows {str(self.dtype).removeprefix('torch.')}"
-            raise CompressError(what, name, "use --dtype bfloat16 or float32")
+    def _read(self, name: str, ready: dict[str, Tensor] | None, read: list[tuple[str, Tensor]]) -> Tensor:
+        """A tensor of the checkpoint on the device, in the compute dtype; noted in `read`."""
+        # packed layers are unpacked there, on a GPU far faster
+        value = self.weights.read(name, self.device, ready).to(self.dtype)
+        read.append((name, torch.isfinite(value).all()))
         return value
+
+    def _refuse(self, name: str) -> None:
+        """Raise CompressError for a tensor that is not finite in the compute dtype."""
+        stored = self.weights.read(name, self.device)
+        refuse_infinite(stored, name)
+        what = f"its {float(stored.abs().max()):.1e} overflows {str(self.dtype).removeprefix('torch.')}"
+        raise CompressError(what, name, "use --dtype bfloat16 or float32")
 
     # -- running ------------------------------------------------------------------------------------------------
 
@@ -264,9 +314,7 @@ class BlockModel:
         if self._ready:
             return
         inside = self._list_name + "."
-        for param in self.parts:
-            if not param.startswith(inside):
-                self._fill(param)
+        self._fill(param for param in self.parts if not param.startswith(inside))
         self.model.tie_weights()
         head = self.head()
         if head is not None:
@@ -330,6 +378,8 @@ class BlockModel:
         if block == len(self._blocks):
             self.logits(hidden, torch.zeros(shape, dtype=torch.int64))
             return hidden
+        if shape not in self._calls:  # how a block is called depends on nothing else
+            self.embed(torch.zeros(shape, dtype=torch.int64))
         call = self._calls[shape][block]
         fused = [(self.model.get_parameter(p).data, slices) for p, slices in self._experts_packed.items()]
         with computing.Experts(fused) if fused else contextlib.nullcontext():
@@ -381,6 +431,11 @@ def _forwards(modules: Any, functions: list[Any]) -> Iterator[None]:
 
 
 def _set(model: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter by name."""
+    """Give a parameter a value by its name."""
+    _put(model, name, nn.Parameter(value, requires_grad=False))
+
+
+def _put(model: nn.Module, name: str, param: nn.Parameter) -> None:
+    """Replace a parameter by its name."""
     owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner)._parameters[leaf] = nn.Parameter(value, requires_grad=False)
+    model.get_submodule(owner)._parameters[leaf] = param

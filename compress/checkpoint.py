@@ -11,7 +11,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,9 +180,9 @@ class Checkpoint:
             )
         return cls(folder, config, tensors)
 
-    def read(self, name: str) -> Tensor:
-        """One tensor, as stored, in fresh memory."""
-        return read_tensor(self.tensors[name], name)
+    def read(self, name: str, empty: Callable[[int], Tensor] | None = None) -> Tensor:
+        """One tensor, as stored, in fresh memory: what `empty` makes (uint8 [bytes]), if it is given."""
+        return read_tensor(self.tensors[name], name, empty)
 
     def files(self) -> list[Path]:
         """The safetensors files, or the GGUF file, sorted."""
@@ -209,9 +209,9 @@ def read_into(file: Path, start: int, target: Tensor, what: str) -> None:
             done += got
 
 
-def read_tensor(stored: Stored, name: str = "") -> Tensor:
+def read_tensor(stored: Stored, name: str = "", empty: Callable[[int], Tensor] | None = None) -> Tensor:
     """The tensor whose bytes `stored` names, in fresh memory. Raises CompressError when the file is too short."""
-    flat = torch.empty(stored.nbytes, dtype=torch.uint8)
+    flat = torch.empty(stored.nbytes, dtype=torch.uint8) if empty is None else empty(stored.nbytes)
     read_into(stored.file, stored.start, flat, f"tensor {name}")
     found = flat.view(stored.torch_dtype).reshape(stored.shape)
     return halves_apart(found, stored.rope_heads) if stored.rope_heads else found

@@ -40,7 +40,7 @@ _OTHER = {
     "verify": "check a checkpoint: files, layers, parameters, and what its client makes of it",
     "export": "move a packed checkpoint to another format without rounding again",
     "doctor": "what this machine has: GPUs, kernels and why not, optional packages, free memory and disk",
-    "bench": "speed on this GPU: kernels beside other libraries', tokens a second",
+    "bench": "speed on this GPU: kernels and solvers beside others', tokens a second, whole runs",
     "demo": "the whole job on a small model that comes with the package: no hub, no GPU, a minute",
 }
 
@@ -95,13 +95,15 @@ def _build(name: str) -> Any:
 
 
 def _bench() -> Any:
-    """Its own two commands."""
+    """Its own commands."""
     group = typer.Typer(name="bench", add_completion=False, rich_markup_mode=None, help=_OTHER["bench"])
-    both: dict[str, Callable[..., None]] = {
+    found: dict[str, Callable[..., None]] = {
         "kernels": commands.bench_kernels_command,
         "decode": commands.bench_decode_command,
+        "solver": commands.bench_solver_command,
+        "quantise": commands.bench_quantise_command,
     }
-    for name, function in both.items():
+    for name, function in found.items():
         group.command(name=name, help=inspect.getdoc(function))(function)
     return typer.main.get_command(group)
 
@@ -255,7 +257,8 @@ def _run(
         raise _interrupted(None if job is None else job.out) from None
     except torch.OutOfMemoryError as error:
         what = f"out of memory ({str(error).partition('. ')[0]})"
-        remedy = "finished blocks are kept: free some of it and give the same command again, or use --device cpu"
+        less = "--device cpu" if options.low_memory else "--low-memory"
+        remedy = f"finished blocks are kept: free some of it and give the same command again, or use {less}"
         raise CompressError(what, f"--device {options.device or 'cuda'}", remedy) from error
     if as_json:
         print(json.dumps(screen.as_json(result), indent=2))

@@ -234,6 +234,96 @@ def bench_decode_command(
     _report("Decoding", report, *made, out, as_json)
 
 
+_Anywhere = Annotated[str, typer.Option(help="cuda, cuda:1; cpu for a try with small shapes")]
+
+
+def bench_solver_command(
+    methods: Annotated[str, typer.Option(help="gptq,gptq-search,sparsegpt,spqr")] = "all",
+    shapes: Annotated[str, typer.Option(help="out_features x in_features")] = "4096x4096,11008x4096,4096x11008",
+    bits: Annotated[int, typer.Option(min=2, max=8, help="of GPTQ's grids")] = 4,
+    group: Annotated[int, typer.Option(help="columns of a group, of GPTQ's grids; -1: the whole row")] = 128,
+    asymmetric: Annotated[bool, typer.Option("--asymmetric", help="GPTQ's grids have zero points")] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="of calibration; Hessians are timed on 16384 of them")] = 262144,
+    dtype: _Half = "float16",
+    tf32: Annotated[bool, typer.Option("--tf32", help="products of the loops in TF32")] = False,
+    runs: Annotated[int, typer.Option(min=1, help="of which the median counts")] = 5,
+    no_others: Annotated[bool, typer.Option("--no-others", help="our solvers only")] = False,
+    device: _Anywhere = "cuda",
+    out: _Out = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """What GPTQ and its kin take for a layer, stage by stage, and a block of Llama-2-7B, beside other tools.
+
+    Exits with 1 where a result is not that of the same loops in Python.
+    """
+    from compress.bench import arguments, record, solver, solver_tables
+    from compress.bench.stages import METHODS
+
+    plan = solver.Plan(
+        methods=arguments.names(methods, METHODS, "--methods"),
+        shapes=arguments.shapes(shapes, "--shapes"),
+        device=record.place(device),
+        bits=bits,
+        group=arguments.group(group, "--group"),
+        asymmetric=asymmetric,
+        tokens=tokens,
+        dtype=arguments.names(dtype, ("float16", "bfloat16"), "--dtype")[0],
+        tf32=tf32,
+        others=not no_others,
+        runs=runs,
+    )
+    report = solver.run(plan, _teller(quiet))
+    _report("Solvers", report, solver_tables.tables(report), solver_tables.notes(report), out, as_json)
+
+
+def bench_quantise_command(
+    model: Annotated[
+        str, typer.Option(help="llama-2-7b, llama-3-8b, llama-3-70b, smollm2-135m or tiny")
+    ] = "llama-2-7b",
+    blocks: Annotated[
+        str, typer.Option(help="decoder blocks, 2,4: a model each, carried on to all; default: all")
+    ] = "",
+    methods: Annotated[str, typer.Option(help="gptq-fast (no search, refit or descent),gptq,rtn,nf4,absmax")] = "all",
+    bits: Annotated[int, typer.Option(min=2, max=8, help="of integer grids")] = 4,
+    group: Annotated[int | None, typer.Option(help="columns of a group; default: 128, 64 or 32 if it divides")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="calibration rows")] = 128,
+    seq_len: Annotated[int, typer.Option(min=1, help="tokens a row")] = 2048,
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="run what calibrates once more with low memory")
+    ] = False,
+    cold: Annotated[bool, typer.Option("--cold", help="drop files from the system's cache before each run")] = False,
+    peers: Annotated[bool, typer.Option("--peers", help="llm-compressor and GPTQModel too, where installed")] = False,
+    work: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(help="folder for the model and the results, which are deleted; default: the system's"),
+    ] = None,
+    device: _Anywhere = "cuda",
+    out: _Out = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """Seconds and memory of whole runs on random weights in a published shape. Exits with 1 where one fails."""
+    from compress.bench import arguments, models, once, quantise, quantise_tables, record
+
+    plan = quantise.Plan(
+        model=arguments.names(model, models.MODELS, "--model")[0],
+        blocks=arguments.counts(blocks, "--blocks") if blocks else (),
+        methods=arguments.names(methods, once.METHODS, "--methods"),
+        device=record.place(device),
+        bits=bits,
+        group=group,
+        samples=samples,
+        seq_len=seq_len,
+        low_memory=low_memory,
+        cold=cold,
+        peers=peers,
+        work=work,
+    )
+    report = quantise.run(plan, _teller(quiet))
+    _report("Whole runs", report, quantise_tables.tables(report), quantise_tables.notes(report), out, as_json)
+
+
 def _teller(quiet: bool) -> Callable[[str], None]:
     """Lines of progress on stderr, in a log too: a run takes minutes."""
     return (lambda line: None) if quiet else (lambda line: print(line, file=sys.stderr, flush=True))

@@ -1,87 +1,152 @@
-"""The hidden states of all token rows between two blocks, batch by batch: on the device while they fit, else in host
-memory, else on disk. Calibration and evaluation both flow through here."""
+"""The hidden states of all token rows between two blocks, batch by batch: on the device while they fit, else in pinned
+host memory, else on disk, the next batch on its way while one is worked on. Calibration and evaluation both flow
+through here. Where something is kept and how many rows make a batch is decided from free memory, once."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, TypeVar
 
 import psutil
 import torch
 from torch import Tensor
 
+from compress.ahead import Lane, Mark, lane_to
 from compress.checkpoint import read_into, tensor_bytes
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
     from compress.blocks import BlockModel
 
+T = TypeVar("T")
 Tier = Literal["device", "host", "disk"]
+#: bytes that can still be had on a device (of "cpu": of the host)
+Free = Callable[[torch.device], int]
 
-_DEVICE_SHARE = 0.35  # of free device memory, the rest is for the block, its Hessians and one batch
+_DEVICE_SHARE = 0.35  # of free device memory, where nobody says what a block needs of it
+_DEVICE_FULL = 0.9  # of it, where somebody does
 _HOST_SHARE = 0.5
+_BATCH_SHARE = 0.25
+#: tokens a batch, on a GPU and on a CPU, and in a run that is to need little memory the share of them
+_TOKENS, _TOKENS_CPU, _LOW_SHARE = 16384, 4096, 4
+#: what torch and its libraries say when a device has no memory left, beside torch.OutOfMemoryError
+_NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had: of a GPU, what torch keeps for later among them."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + kept
 
 
 class HiddenStates:
     """One tensor [rows, seq, hidden] a batch; `put` replaces, `get` returns it on the device.
 
     Args:
-        nbytes: the size of all batches together, for the choice of the tier.
         device: where `get` returns tensors.
         spill: file used by the disk tier.
-        tier: force a tier; None chooses by free memory.
+        tier: where they are kept.
+        lane: to the device and back.
     """
 
-    def __init__(self, nbytes: int, device: torch.device, spill: Path, tier: Tier | None = None) -> None:
+    def __init__(self, device: torch.device, spill: Path, tier: Tier, lane: Lane | None = None) -> None:
         self.device = device
-        self.tier: Tier = choose_tier(nbytes, device) if tier is None else tier
+        self.tier: Tier = tier
         self._kept: dict[int, Tensor] = {}
+        self._lane = lane_to(device) if lane is None else lane
+        self._coming: dict[int, tuple[Tensor, Mark] | Future[tuple[Tensor, Mark]]] = {}  # the next batch, at most
         self._spill = spill
         self._places: dict[int, tuple[int, torch.Size, torch.dtype]] = {}
         self._end = 0
+        self._thread = ThreadPoolExecutor(1, "hidden-states") if tier == "disk" else None  # reads and writes in order
+        self._writing: Future[None] | None = None
 
     def put(self, i: int, value: Tensor) -> None:
-        if self.tier == "disk":
-            self._write(i, value)
-        elif self.tier == "host":
-            self._kept[i] = value.cpu()
-        else:
+        self._coming.pop(i, None)
+        if self.tier == "device":
             self._kept[i] = value
+        elif self.tier == "host":
+            self._kept[i] = self._lane.down(value, self._kept.get(i))
+        else:
+            self._spilled(i, value)
 
     def get(self, i: int) -> Tensor:
-        value = self._read(i) if self.tier == "disk" else self._kept[i]
+        if self.tier == "device":
+            return self._kept[i]
+        coming = self._coming.pop(i, None) or self._fetch(i)
+        self._coming.clear()
+        if i + 1 in self._kept or i + 1 in self._places:
+            self._coming[i + 1] = self._fetch(i + 1)
+        value, mark = coming.result() if isinstance(coming, Future) else coming
+        self._lane.arrive([value], mark)
         return value.to(self.device)
 
-    def _write(self, i: int, value: Tensor) -> None:
+    def _fetch(self, i: int) -> tuple[Tensor, Mark] | Future[tuple[Tensor, Mark]]:
+        if self._thread is not None:
+            return self._thread.submit(self._read, *self._places[i], i)
+        return self._lane.up(self._kept[i]), self._lane.mark()
+
+    def _spilled(self, i: int, value: Tensor) -> None:
+        """Let the thread write a batch, once the one before it is written."""
         at, shape, dtype = self._places.get(i, (self._end, value.shape, value.dtype))
         if shape != value.shape or dtype != value.dtype:
             raise ValueError(f"batch {i} changed its shape from {shape} to {value.shape}")
+        self._places[i] = (at, shape, dtype)
+        self._end = max(self._end, at + value.numel() * value.element_size())
+        self._written()
+        assert self._thread is not None
+        self._writing = self._thread.submit(self._write, at, self._lane.down(value), self._lane.mark())
+
+    def _written(self) -> None:
+        """Wait for the last write. Raises OSError when the disk did not take it."""
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
+    def _write(self, at: int, value: Tensor, mark: Mark) -> None:
+        mark.synchronize()
         with self._spill.open("r+b" if self._spill.exists() else "wb") as f:
             f.seek(at)
-            f.write(tensor_bytes(value.cpu()))
-            self._end = max(self._end, f.tell())
-        self._places[i] = (at, shape, dtype)
+            f.write(tensor_bytes(value))
 
-    def _read(self, i: int) -> Tensor:
-        at, shape, dtype = self._places[i]
-        value = torch.empty(shape, dtype=dtype)
-        read_into(self._spill, at, value, f"the hidden states of batch {i}")
-        return value
+    def _read(self, at: int, shape: torch.Size, dtype: torch.dtype, i: int) -> tuple[Tensor, Mark]:
+        flat = self._lane.empty(shape.numel() * dtype.itemsize)
+        read_into(self._spill, at, flat, f"the hidden states of batch {i}")
+        return self._lane.up(flat.view(dtype).reshape(shape)), self._lane.mark()
 
     def close(self) -> None:
         """Free the memory, remove the spill file."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=True, cancel_futures=True)
         self._kept.clear()
+        self._coming.clear()
         self._spill.unlink(missing_ok=True)
 
 
-def choose_tier(nbytes: int, device: torch.device) -> Tier:
-    """The fastest tier with room for `nbytes`."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        if nbytes < _DEVICE_SHARE * free:
+def choose_tier(
+    nbytes: int,
+    device: torch.device,
+    held: int | None = None,
+    low_memory: bool = False,
+    free: Free = free_memory,
+) -> Tier:
+    """The fastest tier with room for `nbytes`.
+
+    Args:
+        held: bytes on the device that a block, its statistics and a batch take; None: not known.
+        low_memory: not on a GPU.
+    """
+    if device.type == "cuda" and not low_memory:
+        room = _DEVICE_SHARE * free(device) if held is None else _DEVICE_FULL * free(device) - held
+        if nbytes < room:
             return "device"
-    if nbytes < _HOST_SHARE * psutil.virtual_memory().available:
+    if nbytes < _HOST_SHARE * free(torch.device("cpu")):
         return "host"
     return "disk"
 
@@ -89,22 +154,49 @@ def choose_tier(nbytes: int, device: torch.device) -> Tier:
 class Activations:
     """Token rows on their way through the model: what enters the next block, for every batch.
 
+    Where the device runs out of memory, fewer rows go through a block at once; what is kept stays in batches of `size`.
+
     Args:
         model: the streamed model.
         tokens: int64 [rows, seq].
         size: rows a batch.
         spill: file for what fits in no memory.
+        held, low_memory, free: see `choose_tier`.
+
+    Attributes:
+        rows: how many rows go through a block at once, `size` at most.
     """
 
-    def __init__(self, model: BlockModel, tokens: Tensor, size: int, spill: Path) -> None:
+    def __init__(
+        self,
+        model: BlockModel,
+        tokens: Tensor,
+        size: int,
+        spill: Path,
+        held: int | None = None,
+        low_memory: bool = False,
+        free: Free = free_memory,
+    ) -> None:
         self.tokens = tokens
-        self.size = size
+        self.size = self.rows = size
+        self._notes: list[str] = []
         self._model = model
         nbytes = tokens.numel() * model.hidden_size * model.dtype.itemsize
-        self._states = HiddenStates(nbytes, model.device, spill)
+        self._states = HiddenStates(model.device, spill, choose_tier(nbytes, model.device, held, low_memory, free))
 
     def __len__(self) -> int:
         return -(-len(self.tokens) // self.size)
+
+    def __enter__(self) -> Activations:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    @property
+    def tier(self) -> Tier:
+        """Where the hidden states are kept."""
+        return self._states.tier
 
     def batch(self, i: int) -> Tensor:
         """int64 [rows, seq]: the tokens of batch i."""
@@ -117,13 +209,17 @@ class Activations:
     def enter(self) -> None:
         """Embed every batch: the hidden states that enter block 0."""
         for i in range(len(self)):
-            self._states.put(i, self._model.embed(self.batch(i)))
+            self._states.put(i, self.within(partial(self._embedded, i)))
+        self._model.rest()
+
+    def _embedded(self, i: int) -> Tensor:
+        return _joined([self._model.embed(tokens) for tokens in self._pieces(self.batch(i))])
 
     def through(self, block: int) -> Iterator[tuple[int, Tensor]]:
-        """What a loaded block makes of each batch, without keeping it."""
+        """What a loaded block makes of each batch, `rows` rows at a time, without keeping it."""
         for i in range(len(self)):
-            tokens = self.batch(i)
-            yield i, self._model.run(block, self.states(i), (len(tokens), tokens.shape[1]))
+            for states in self._pieces(self.states(i)):
+                yield i, self._run(block, states)
 
     def advance(self, block: int) -> None:
         """Replace the hidden states by what a loaded block makes of them.
@@ -131,27 +227,85 @@ class Activations:
         Raises:
             CompressError: the block's output is NaN or infinite.
         """
-        for i, out in self.through(block):
-            if not bool(torch.isfinite(out).all()):
-                name = self._model.block_names[block]
-                raise CompressError("its output holds NaN or infinity", name, "try --dtype float32")
+        finite = []
+        for i in range(len(self)):
+            out = self.within(partial(self._advanced, block, i))
+            finite.append(torch.isfinite(out).all())
             self._states.put(i, out)
+        if not bool(torch.stack(finite).all()):
+            name = self._model.block_names[block]
+            raise CompressError("its output holds NaN or infinity", name, "try --dtype float32")
+
+    def _advanced(self, block: int, i: int) -> Tensor:
+        return _joined([self._run(block, states) for states in self._pieces(self.states(i))])
+
+    def _run(self, block: int, states: Tensor) -> Tensor:
+        return self._model.run(block, states, (len(states), self.tokens.shape[1]))
+
+    def _pieces(self, batch: Tensor) -> Sequence[Tensor]:
+        return torch.split(batch, self.rows)
+
+    def within(self, work: Callable[[], T]) -> T:
+        """What `work` returns; where the device has no memory for it, once more with half as many rows at once.
+
+        `work` runs anew from its beginning, so it must not have kept anything of what it did.
+        """
+        while True:
+            try:
+                return work()
+            except RuntimeError as error:
+                if self.rows == 1 or not _out_of_memory(error):
+                    raise
+            self._notes.append(f"out of device memory with {self.rows} rows at once: {self.rows // 2} from there on")
+            self.rows //= 2
+            gc.collect()  # only here is all that `work` made out of reach
+            torch.cuda.empty_cache()
+
+    def told(self) -> list[str]:
+        """What the report must say and was not told before."""
+        notes, self._notes = self._notes, []
+        return notes
 
     def close(self) -> None:
         """Free the memory, remove the spill file."""
         self._states.close()
 
 
-def batch_rows(rows: int, seq: int, hidden: int, widest: int, device: torch.device) -> int:
-    """Rows a batch: a power of two, about 16 thousand tokens, less where free memory is short.
+def _joined(pieces: list[Tensor]) -> Tensor:
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _out_of_memory(error: RuntimeError) -> bool:
+    return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
+
+
+def row_bytes(seq: int, hidden: int, widest: int) -> int:
+    """Bytes that one row takes inside a block, generously.
 
     Args:
         hidden, widest: hidden size and the widest activation of a block, in elements a token.
     """
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    a_row = seq * (6 * hidden + 4 * widest) * 4
-    most = max(1, int(0.25 * free / a_row))
-    wanted = max(1, (16384 if device.type == "cuda" else 4096) // seq)
+    return seq * (6 * hidden + 4 * widest) * 4
+
+
+def batch_rows(
+    rows: int,
+    seq: int,
+    hidden: int,
+    widest: int,
+    device: torch.device,
+    low_memory: bool = False,
+    free: Free = free_memory,
+) -> int:
+    """Rows a batch: a power of two, about 16 thousand tokens (4 thousand on a CPU), less where free memory is short.
+
+    Args:
+        hidden, widest: see `row_bytes`.
+        low_memory: a quarter of that.
+    """
+    most = max(1, int(_BATCH_SHARE * free(device) / row_bytes(seq, hidden, widest)))
+    tokens = _TOKENS if device.type == "cuda" else _TOKENS_CPU
+    wanted = max(1, (tokens // _LOW_SHARE if low_memory else tokens) // seq)
     size = 1
     while size * 2 <= min(most, wanted, rows):
         size *= 2

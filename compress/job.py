@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, Self
 
 import torch
 
@@ -16,6 +19,8 @@ from compress.evaluate.perplexity import Score
 from compress.plan import Plan
 from compress.recipe import Recipe
 from compress.verify import Proof
+
+_CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Job:
         target: the client that must be able to load the result.
         blocks: the blocks to compress, "0-3,-1"; "" for all.
         lm_head: compress the output head too.
+        low_memory: keep nothing on the device that can be elsewhere.
         seed: recorded; the rows were drawn with it.
         fallback: the format was picked, not asked for: our own where a layer's shape does not fit it.
         verify: read the result back (verify.py).
@@ -58,6 +64,7 @@ class Job:
     blocks: str = ""
     target: str | None = None
     lm_head: bool = False
+    low_memory: bool = False
     seed: int = 0
     origin: str = ""
     fallback: bool = False
@@ -88,25 +95,104 @@ class Status:
     all_layers: int = 0
 
 
-@dataclass
-class Clock:
-    """Seconds spent in each part of a run."""
+class Instant(Protocol):
+    """A moment in the work of a device, as torch.cuda.Event has it."""
 
-    seconds: dict[str, float] = field(default_factory=dict)
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    def query(self) -> bool: ...
+    def synchronize(self) -> None: ...
+    def elapsed_time(self, end: Self) -> float: ...
+
+
+class _Now:
+    """A moment of this process."""
+
+    def __init__(self) -> None:
+        self.seconds = time.perf_counter()
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        pass
+
+    def elapsed_time(self, end: _Now) -> float:
+        return 1e3 * (end.seconds - self.seconds)
+
+
+def _event(device: torch.device) -> torch.cuda.Event:
+    """A moment in the work that is queued on a GPU."""
+    made: torch.cuda.Event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+    made.record(torch.cuda.current_stream(device))
+    return made
+
+
+class Clock:
+    """Seconds spent in each part of a run. A part inside another counts as itself alone, so parts add up.
+
+    On a GPU the moments are events in the stream of the work and nothing waits for them: a part's seconds are those in
+    which that stream stood in it, at work or waiting for the host.
+
+    Args:
+        instant: what the moment is now; by default one in the work of the device.
+    """
+
+    def __init__(self, device: torch.device = _CPU, instant: Callable[[], Any] | None = None) -> None:
+        here = device.type != "cuda"
+        self._instant = instant or (_Now if here else partial(_event, device))
+        self._inside: list[str] = []
+        self._last: Instant | None = None
+        self._spans: deque[tuple[str, Instant, Instant]] = deque()  # not known to be over
+        self._seconds: dict[str, float] = {}
+        self._beside: dict[str, float] = {}
+        self._lock = threading.Lock()
 
     @contextmanager
     def __call__(self, part: str) -> Iterator[None]:
-        begun = self._now()
+        self._turn()
+        self._inside.append(part)
         try:
             yield
         finally:
-            self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - begun
+            self._turn()
+            self._inside.pop()
 
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
+    @contextmanager
+    def beside(self, part: str) -> Iterator[None]:
+        """The seconds of a thread, while the run goes on."""
+        begun = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._beside[part] = self._beside.get(part, 0.0) + time.perf_counter() - begun
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """By part of the run. Waits for the device."""
+        while self._spans:
+            self._spans[0][2].synchronize()
+            self._add_up()
+        return dict(self._seconds)
+
+    @property
+    def seconds_beside(self) -> dict[str, float]:
+        """By part, of threads that worked while the run went on: no share of its time."""
+        with self._lock:
+            return dict(self._beside)
+
+    def _turn(self) -> None:
+        """What has passed since the last turn belongs to the innermost part."""
+        now = self._instant()
+        if self._inside and self._last is not None:
+            self._spans.append((self._inside[-1], self._last, now))
+        self._last = now
+        self._add_up()
+
+    def _add_up(self) -> None:
+        """Add the spans that are over to their parts."""
+        while self._spans and self._spans[0][2].query():
+            part, begun, ended = self._spans.popleft()
+            self._seconds[part] = self._seconds.get(part, 0.0) + begun.elapsed_time(ended) / 1e3
 
 
 @dataclass(frozen=True)
@@ -118,6 +204,8 @@ class Result:
         score, original: figures of the written file and of the original on the evaluation text.
         proof: what was verified; None with --no-verify.
         seconds: by part of the run.
+        beside: seconds of the threads that read, hashed and wrote while the run went on.
+        room: where the run kept what, as decided from free memory.
         resumed: blocks taken over from an earlier, stopped run.
         notes: what transforms had to say.
         changed: names of tensors beside the packed layers that they replaced.
@@ -134,6 +222,8 @@ class Result:
     dtype: torch.dtype
     notes: list[str] = field(default_factory=list)
     changed: tuple[str, ...] = ()
+    beside: dict[str, float] = field(default_factory=dict)
+    room: dict[str, Any] = field(default_factory=dict)
 
 
 Progress = Callable[[Status], None]

@@ -154,15 +154,24 @@ class Journal:
         records: list[dict[str, Any]],
         changed: Mapping[str, str] | None = None,
         notes: Sequence[str] = (),
+        rows: int | None = None,
     ) -> None:
         """Write a finished block: tensors first, then the records that make it count.
 
         Args:
             changed: sha256 of tensors that replace the source's without being packed, by name.
             notes: what the report must say of the block.
+            rows: calibration rows that went through the block at once.
         """
         digest = save_tensors(self._file(block), tensors)
-        value = {"sha256": digest, "layers": records, "changed": dict(changed or {}), "notes": list(notes)}
+        value: dict[str, Any] = {
+            "sha256": digest,
+            "layers": records,
+            "changed": dict(changed or {}),
+            "notes": list(notes),
+        }
+        if rows is not None:
+            value["rows"] = rows
         write_json(self._records(block), value)
 
     def tensors(self, block: int) -> dict[str, Stored]:
@@ -177,6 +186,11 @@ class Journal:
         """The layer records of a finished block."""
         layers: list[dict[str, Any]] = self._read(block)["layers"]
         return layers
+
+    def rows(self, block: int) -> int | None:
+        """How many calibration rows went through a finished block at once, where that was written down."""
+        rows = self._read(block).get("rows")
+        return rows if isinstance(rows, int) and rows > 0 else None
 
     def everything(self, blocks: int) -> tuple[list[dict[str, Any]], dict[str, str], list[str]]:
         """Layer records, changed tensors and notes of the first `blocks` blocks."""

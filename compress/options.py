@@ -46,6 +46,11 @@ class Options:
         False, "collect each layer's statistics after the layers before it in the block were compressed"
     )
     device: str | None = _option(None, "cpu, cuda, cuda:1; default: cuda if there is one")
+    low_memory: bool = _option(
+        False,
+        "keep nothing on the GPU that can be elsewhere: hidden states in host memory, no block ahead of its turn, "
+        "embeddings and head only while they are needed, a quarter of the calibration rows at once; slower",
+    )
     dtype: str = _option("auto", "auto, float32, bfloat16 or float16: precision in which blocks run")
     no_verify: bool = _option(False, "do not read the result back, and do not load it through its client")
     no_client: bool = _option(False, "do not load the result whole through the client that reads its format")

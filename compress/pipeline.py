@@ -5,30 +5,37 @@ compress_checkpoint() is the whole system in one function; what it calls are the
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from compress import hidden
 from compress import plan as planning
+from compress.ahead import Here, Lane, Outbox, lane_to
 from compress.asking import ask
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.evaluate.perplexity import evaluate
 from compress.formats import FORMATS
-from compress.hidden import Activations, batch_rows
+from compress.hidden import Activations, batch_rows, row_bytes
 from compress.hub import push
 from compress.job import Clock, Job, Progress, Result, Status
 from compress.journal import Journal, check_output
 from compress.output import assemble
 from compress.plan import Plan
 from compress.report import finish
-from compress.solve import compress_block, survey_model
+from compress.solve import Block, compress_block, survey_model
 from compress.types import moved
 from compress.verify import Proof, verify
 from compress.weights import Weights
+
+#: how much more than `Plan.device_bytes` a block is taken to need, the next one's tensors among it
+_SLACK = 2
 
 
 def open_model(job: Job, pickle_cache: Path | None = None) -> tuple[Weights, BlockModel]:
@@ -41,7 +48,7 @@ def open_model(job: Job, pickle_cache: Path | None = None) -> tuple[Weights, Blo
         CompressError: input that cannot be used.
     """
     weights = Weights(open_dense(job.source, job.allow_pickle, pickle_cache))
-    probe = BlockModel(weights, torch.float32, job.device, job.trust_remote_code)
+    probe = BlockModel(weights, torch.float32, job.device, job.trust_remote_code, job.low_memory)
     first = next((x for i in range(len(probe.block_names)) for x in probe.linears(i)), None)
     if first is None:
         what = f"0 linear layers in its {len(probe.block_names)} blocks"
@@ -100,30 +107,8 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
         with clock("hash"):
             sources = weights.checkpoint.fingerprint()
         done = journal.start(fingerprint(job, plan, sources, model.dtype, flow), job.fresh)
-        if flow is not None:
-            with clock("forward"):
-                flow.enter()
-        survey = survey_model(model, plan, flow, clock) if flow is not None and plan.needs.survey else {}
-        layers = 0
-        for block, linears in enumerate(plan.blocks):
-            last = block + 1 == len(plan.blocks)
-            if block >= done or (flow is not None and not last):
-                with clock("load"):
-                    model.load(block)
-                if block < done:
-                    restore(model, journal, plan, block)
-                else:
-                    made = compress_block(model, plan, block, flow, survey, job.true_sequential, clock)
-                    with clock("write"):
-                        journal.add(block, made.tensors, made.records, made.changed, made.notes)
-                if flow is not None and not last:
-                    with clock("forward"):
-                        flow.advance(block)
-                model.free(block)
-            layers += len(linears)
-            progress(Status("compress", block + 1, len(plan.blocks), layers, plan.layers))
-        if flow is not None:
-            flow.close()
+        with nullcontext() if flow is None else flow:
+            room = compress_blocks(job, model, plan, flow, journal, done, clock, progress)
         records, changed, notes = journal.everything(len(plan.blocks))
         with clock("write"):
             stored = {n: s for block in range(len(plan.blocks)) for n, s in journal.tensors(block).items()}
@@ -142,18 +127,86 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
                     model.dtype,
                     original=weights,
                     trust_remote_code=job.trust_remote_code,
-                    step=lambda d, t: progress(Status("evaluate", d, t, layers, plan.layers)),
+                    low_memory=job.low_memory,
+                    step=lambda d, t: progress(Status("evaluate", d, t, plan.layers, plan.layers)),
                 )
         result = Result(
-            job, plan, records, proof, score, original, clock.seconds, done, model.dtype, notes, tuple(changed)
-        )
+            job, plan, records, proof, score, original, clock.seconds, done, model.dtype, notes, tuple(changed),
+            clock.seconds_beside, room,
+        )  # fmt: skip
         finish(result, journal.final)
         journal.publish()
     if job.push_to is not None:
-        progress(Status("upload", 0, 1, layers, plan.layers))
+        progress(Status("upload", 0, 1, plan.layers, plan.layers))
         with clock("upload"):
             push(job.out, job.push_to, job.push_public, job.overwrite)
     return result
+
+
+def compress_blocks(
+    job: Job,
+    model: BlockModel,
+    plan: Plan,
+    flow: Activations | None,
+    journal: Journal,
+    done: int,
+    clock: Clock,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Compress every block that is not among the first `done`, one at a time, into the journal.
+
+    While a block is worked on, the tensors of the next one are read, and what is finished of the one before is written.
+
+    Returns:
+        where what was kept, for the report.
+    """
+    total, layers = len(plan.blocks), 0
+    waiting = place_ahead(job, plan)
+    if flow is not None:
+        with clock("forward"):
+            flow.enter()
+    survey = survey_model(model, plan, flow, clock, waiting) if flow is not None and plan.needs.survey else {}
+    needed = [block for block in range(total) if block >= done or (flow is not None and block + 1 < total)]
+    with model.ahead(needed, waiting, clock.beside) as ahead, Outbox(lane_to(job.device), clock.beside) as outbox:
+        for block, linears in enumerate(plan.blocks):
+            if block in needed:
+                outbox.check()
+                with clock("load"):
+                    model.load(block, ahead.take(block))
+                if block < done:
+                    restore(model, journal, plan, block, flow)
+                else:
+                    made = compress_block(model, plan, block, flow, survey, job.true_sequential, clock, outbox)
+                    if flow is not None:
+                        made.rows = flow.rows
+                        made.notes += flow.told()
+                    with clock("write"):
+                        outbox.put("write", partial(write, journal, block, made))
+                    del made
+                if flow is not None and block + 1 < total:
+                    with clock("forward"):
+                        flow.advance(block)
+                model.free(block)
+            layers += len(linears)
+            progress(Status("compress", block + 1, total, layers, plan.layers))
+        with clock("write"):
+            outbox.flush()
+    room: dict[str, Any] = {"next_block": waiting.device.type, "blocks_without_room_ahead": ahead.late}
+    if flow is not None:
+        room |= {"hidden_states": flow.tier, "batch_rows": flow.size, "rows_at_once": flow.rows}
+    return room
+
+
+def write(journal: Journal, block: int, made: Block) -> None:
+    """Write a finished block to the journal, from the host's copies. Runs in a thread, one block after another."""
+    made.seal()
+    journal.add(block, made.tensors, made.records, made.changed, made.notes, made.rows)
+
+
+def place_ahead(job: Job, plan: Plan) -> Lane:
+    """Where the next block's tensors wait while one is worked on: on the device, if it has plenty of room."""
+    roomy = not job.low_memory and _SLACK * plan.device_bytes < hidden.free_memory(job.device)
+    return lane_to(job.device) if roomy else Here()
 
 
 def prove(
@@ -176,20 +229,25 @@ def prove(
 def start_flow(model: BlockModel, plan: Plan, job: Job, spill: Path, rows_before: int | None) -> Activations | None:
     """The calibration rows as activations, None for a pass that needs none.
 
-    Batches are sized to the free memory; a run that goes on keeps the size it began with, and so its sums.
+    Batches are sized to the free memory; a run that goes on keeps the size it began with, and so its sums. Hidden
+    states may take what the device has beside a block, what is done to it, a batch and the next block.
     """
     if job.rows is None or not plan.needs:
         return None
     tokens = job.rows.tokens
     widest = max(linear.shape[0] for block in plan.blocks for linear in block)
-    size = rows_before or batch_rows(len(tokens), tokens.shape[1], model.hidden_size, widest, job.device)
-    return Activations(model, tokens, size, spill)
+    seq = tokens.shape[1]
+    size = rows_before or batch_rows(len(tokens), seq, model.hidden_size, widest, job.device, job.low_memory)
+    held = _SLACK * plan.device_bytes + size * row_bytes(seq, model.hidden_size, widest)
+    return Activations(model, tokens, size, spill, held, job.low_memory)
 
 
-def restore(model: BlockModel, journal: Journal, plan: Plan, block: int) -> None:
-    """Give a loaded block the weights that an earlier run stored for it."""
+def restore(model: BlockModel, journal: Journal, plan: Plan, block: int, flow: Activations | None) -> None:
+    """Give a loaded block the weights that an earlier run stored for it; as many rows go through it as did then."""
     from compress.checkpoint import read_tensor
 
+    if flow is not None:
+        flow.rows = min(flow.rows, journal.rows(block) or flow.rows)
     stored = journal.tensors(block)
     config = plan.quantization_config()
     for linear in plan.blocks[block]:

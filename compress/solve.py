@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress import stats
+from compress.ahead import Here, Lane, Outbox
 from compress.blocks import BlockModel, Linear
 from compress.errors import CompressError
 from compress.hidden import Activations
@@ -27,23 +30,33 @@ Survey = dict[str, Tensor]
 
 @dataclass
 class Block:
-    """What became of one block.
+    """What became of one block. Tensors are on their way to the host, and digests are made in threads, until `seal`.
 
     Attributes:
         tensors: to store, by full name on disk.
         records: one a compressed layer.
+        digests: sha256 of each layer's dequantised weight, by its name.
         changed: sha256 of every other tensor that a transform changed, by name.
         notes: what the report must say of the block.
         words: what transforms did.
         unbiased: layers whose bias was to be corrected and that have none.
+        rows: calibration rows that went through it at once.
     """
 
     tensors: dict[str, Tensor] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
+    digests: dict[str, Future[str]] = field(default_factory=dict)
     changed: dict[str, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     words: list[str] = field(default_factory=list)
     unbiased: int = 0
+    rows: int | None = None
+
+    def seal(self) -> None:
+        """Fill in the digests, once the tensors are on the host."""
+        for record in self.records:
+            record["sha256_dense"] = self.digests.pop(record["name"]).result()
+        self.changed = {name: digest(self.tensors[name]) for name in self.changed}
 
 
 @dataclass
@@ -76,8 +89,9 @@ def compress_block(
     survey: Survey,
     true_sequential: bool,
     clock: Clock,
+    outbox: Outbox,
 ) -> Block:
-    """Compress every chosen layer of a loaded block, in place."""
+    """Compress every chosen layer of a loaded block, in place; what is to be stored goes to the host by `outbox`."""
     linears = plan.blocks[block]
     done = Block()
     if not linears:
@@ -96,12 +110,10 @@ def compress_block(
         for part in _together(plan, group):
             with clock("solve"):
                 solved = _solve(model, plan, part, folds, survey)
-            start = 0
-            for linear in part.linears:
-                stop = start + linear.shape[0]
-                _store(model, plan, linear, part.stats, solved, start, stop, done)
-                _correct_bias(model, block, linear, part.stats, folds, done)
-                start = stop
+            with clock("pack"):
+                for linear, rows, sums in _slices(part, solved):
+                    _store(model, plan, linear, part.stats, solved, rows, sums, done, outbox)
+                    _correct_bias(model, block, linear, part.stats, folds, done, outbox)
     done.notes = done.words + done.notes
     if done.unbiased:
         done.notes.append("bias correction: a layer without a bias has nothing to take it")
@@ -115,8 +127,8 @@ def _inputs(
     watched = [x for x in linears if plan.recipe.transforms or any(p.needs for p in plan.choice[x.name])]
     found: list[stats.Inputs] = []
     if flow is not None and watched:
-        with clock("hessian"):
-            found = stats.collect(model, block, watched, flow, plan.needs)
+        with clock("forward"):
+            found = stats.collect(model, block, watched, flow, plan.needs, clock)
     known = {x.name for group in found for x in group.linears}
     return found + [stats.Inputs([x], LayerStats(0)) for x in linears if x.name not in known]
 
@@ -169,24 +181,38 @@ def run_passes(passes: tuple[Pass, ...], weight: Tensor, given: LayerStats, dtyp
     return Solved(packed, loss, norm, solved.notes + later.notes, figures)
 
 
+def _slices(part: stats.Inputs, solved: Solved) -> Iterator[tuple[Linear, slice, tuple[float, float]]]:
+    """Each layer of a solved part, its rows, and the sums of their losses and norms: one look at the device for all."""
+    ends = [0]
+    for linear in part.linears:
+        ends.append(ends[-1] + linear.shape[0])
+    rows = [slice(a, b) for a, b in pairwise(ends)]
+    sums = [x[r].sum().double() for r in rows for x in (solved.row_loss, solved.row_norm)]
+    figures = torch.stack(sums).tolist()
+    yield from zip(part.linears, rows, zip(figures[::2], figures[1::2], strict=True), strict=True)
+
+
 def _store(
     model: BlockModel,
     plan: Plan,
     linear: Linear,
     layer_stats: LayerStats,
     solved: Solved,
-    start: int,
-    stop: int,
+    rows: slice,
+    sums: tuple[float, float],
     done: Block,
+    outbox: Outbox,
 ) -> None:
     """Put a solved layer into the block and its tensors and record into `done`."""
-    part = solved.packed.rows(start, stop)
+    part = solved.packed.rows(rows.start, rows.stop)
     dense = model.set_packed(linear, part)
-    stored = {f"{linear.name}.{s}": t.cpu() for s, t in plan.format.pack(part).items()}
+    packed = plan.format.pack(part)
     if linear.transposed and not plan.format.quantised:
-        stored = {n: t.t().contiguous() for n, t in stored.items()}  # as the model keeps it
+        packed = {s: t.t().contiguous() for s, t in packed.items()}  # as the model keeps it
+    stored = {f"{linear.name}.{s}": outbox.host(t) for s, t in packed.items()}
     done.tensors |= stored
-    done.records.append(_record(plan, linear, layer_stats, solved, start, stop, stored, dense))
+    done.digests[linear.name] = outbox.later("digest", digest, dense)
+    done.records.append(_record(plan, linear, layer_stats, solved, sums, stored, dense))
 
 
 def _record(
@@ -194,13 +220,12 @@ def _record(
     linear: Linear,
     layer_stats: LayerStats,
     solved: Solved,
-    start: int,
-    stop: int,
+    sums: tuple[float, float],
     stored: dict[str, Tensor],
     dense: Tensor,
 ) -> dict[str, Any]:
-    """What the report says of one layer."""
-    loss, norm = float(solved.row_loss[start:stop].sum()), float(solved.row_norm[start:stop].sum())
+    """What the report says of one layer, but for the sha256 of its dequantised weight."""
+    loss, norm = sums
     if not math.isfinite(loss) or not math.isfinite(norm):
         what = f"its error overflows float32 (weights up to {float(dense.abs().max()):.1e})"
         raise CompressError(what, f"layer {linear.name}", f"--exclude '{linear.name}' leaves it dense")
@@ -218,7 +243,6 @@ def _record(
         "relative_error": loss / norm if norm > 0 else 0.0,
         "figures": {k: float(v) for k, v in solved.figures.items()},
         "notes": notes,
-        "sha256_dense": digest(dense),
         **({"transposed": True} if linear.transposed and not plan.format.quantised else {}),
     }
 
@@ -247,7 +271,7 @@ def _transform(
         folds.transforms.append(step.method)
         for name, tensor in folded.changed.items():
             done.tensors[name] = tensor
-            done.changed[name] = digest(tensor)
+            done.changed[name] = ""  # until `Block.seal`
         done.words.append(f"{step.name}: channels of {folded.edges} places in a block rescaled, its function unchanged")
         done.notes += [f"{step.name}: {note}" for note in folded.notes]
     if any(t.shifts for t in folds.transforms):
@@ -256,7 +280,7 @@ def _transform(
 
 
 def _correct_bias(
-    model: BlockModel, block: int, linear: Linear, layer_stats: LayerStats, folds: Folds, done: Block
+    model: BlockModel, block: int, linear: Linear, layer_stats: LayerStats, folds: Folds, done: Block, outbox: Outbox
 ) -> None:
     """Take the mean error of a rounded layer out of its bias, where a transform asks for it and there is a bias."""
     for transform in folds.transforms:
@@ -271,30 +295,35 @@ def _correct_bias(
             done.unbiased += 1
             continue
         name, value = bias
-        stored = (value.float() + shift.to(value.device)).to(model.weights.dtype(name)).cpu()
+        stored = (value.float() + shift.to(value.device)).to(model.weights.dtype(name))
         model.set_stored(block, name, stored)
-        done.tensors[name] = stored
-        done.changed[name] = digest(stored)
+        done.tensors[name] = outbox.host(stored)
+        done.changed[name] = ""  # until `Block.seal`
 
 
-def survey_model(model: BlockModel, plan: Plan, flow: Activations, clock: Clock) -> Survey:
-    """Run the dense model once through all blocks for the passes that decide from every block at once."""
+def survey_model(model: BlockModel, plan: Plan, flow: Activations, clock: Clock, lane: Lane | None = None) -> Survey:
+    """Run the dense model once through all blocks for the passes that decide from every block at once.
+
+    Args:
+        lane: where the next block's tensors wait; None: on the host.
+    """
     found: dict[str, list[tuple[int, str, Tensor]]] = {}
-    for block, linears in enumerate(plan.blocks):
-        mine = [x for x in linears if any(p.needs.survey for p in plan.choice[x.name])]
-        with clock("load"):
-            model.load(block)
-        with clock("survey"):
-            if mine:
-                for group in stats.collect(model, block, mine, flow, replace(plan.needs, hessian=False)):
-                    for linear in group.linears:
-                        assert group.stats.above is not None
-                        found.setdefault(_role(model, linear, block), []).append(
-                            (block, linear.name, group.stats.above)
-                        )
-            if block + 1 < len(model.block_names):
-                flow.advance(block)
-        model.free(block)
+    with model.ahead(range(len(plan.blocks)), lane or Here(), clock.beside) as ahead:
+        for block, linears in enumerate(plan.blocks):
+            mine = [x for x in linears if any(p.needs.survey for p in plan.choice[x.name])]
+            with clock("load"):
+                model.load(block, ahead.take(block))
+            with clock("survey"):
+                if mine:
+                    for group in stats.collect(model, block, mine, flow, replace(plan.needs, hessian=False)):
+                        for linear in group.linears:
+                            assert group.stats.above is not None
+                            found.setdefault(_role(model, linear, block), []).append(
+                                (block, linear.name, group.stats.above)
+                            )
+                if block + 1 < len(model.block_names):
+                    flow.advance(block)
+            model.free(block)
     with clock("survey"):
         flow.enter()
     out: Survey = {}

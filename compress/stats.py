@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from compress.ahead import Timed, untimed
 from compress.blocks import BlockModel, Linear
 from compress.errors import CompressError
 from compress.hidden import Activations
@@ -68,19 +69,23 @@ class _Sum:
         if self.needs.above is not None:
             self.above = _joined(torch.add, self.above, (x.abs() >= self.needs.above).sum(0, dtype=torch.float32))
 
-    def finish(self, width: int, device: torch.device) -> LayerStats:
-        """The sums as means. Statistics that no input ever reached are zeros."""
+    def finish(self, width: int, device: torch.device) -> tuple[LayerStats, Tensor]:
+        """The sums as means, in their place, and whether they are finite (bool, on the device).
+
+        Statistics that no input ever reached are zeros.
+        """
         count = max(self.tokens, 1)
         none = torch.zeros(width, device=device)
 
         def mean(total: Tensor | None, wanted: bool) -> Tensor | None:
             if not wanted:
                 return None
-            return none if total is None else total / float(count)
+            return none if total is None else total.div_(float(count))
 
         hessian: Tensor | None = None
         if self.needs.hessian:
-            hessian = torch.zeros(width, width, device=device) if self.hessian is None else self.hessian / float(count)
+            hessian = torch.zeros(width, width, device=device) if self.hessian is None else self.hessian
+            hessian.div_(float(count))
         absmax = (none if self.absmax is None else self.absmax) if self.needs.ranges else None
         found = LayerStats(
             self.tokens,
@@ -91,13 +96,7 @@ class _Sum:
             mean(self.above, self.needs.above is not None),
         )
         looked = [hessian.diagonal() if hessian is not None else none, none if absmax is None else absmax]
-        if not all(bool(torch.isfinite(x).all()) for x in looked):
-            raise CompressError(
-                "its input holds NaN or infinity (or overflows float32 when squared)",
-                self.linears[0].name,
-                "the checkpoint is damaged, or its activations overflow: try --dtype float32",
-            )
-        return found
+        return found, torch.stack([torch.isfinite(x).all() for x in looked]).all()
 
 
 def _joined(how: Callable[[Tensor, Tensor], Tensor], old: Tensor | None, new: Tensor) -> Tensor:
@@ -118,36 +117,66 @@ def accumulate(total: Tensor, x: Tensor) -> None:
 
 
 def collect(
-    model: BlockModel, block: int, linears: Collection[Linear], activations: Activations, needs: Needs
+    model: BlockModel,
+    block: int,
+    linears: Collection[Linear],
+    activations: Activations,
+    needs: Needs,
+    clock: Timed = untimed,
 ) -> list[Inputs]:
     """Run a loaded block over all batches and return what `needs` names of the given layers' inputs.
+
+    Where the device runs out of memory, all batches are run anew with fewer rows at once: what was added up until then
+    is dropped, so no token counts twice and the sums of a block come from batches of one size.
+
+    Args:
+        clock: what is spent on the sums counts as "hessian".
 
     Raises:
         CompressError: an activation is NaN or infinite (names the layer); a layer that no input ever reached.
     """
+    sums = activations.within(lambda: _added_up(model, block, linears, activations, needs, clock))
+    reached = {linear.name for s in sums for linear in s.linears}
+    missed = [linear for linear in linears if linear.name not in reached]
+    sums += [_Sum([linear], needs) for linear in missed]
+    means = [s.finish(s.linears[0].shape[1], model.device) for s in sums]
+    finite = torch.stack([good for _, good in means]).tolist() if means else []
+    for s, good in zip(sums, finite, strict=True):
+        if not good:
+            raise CompressError(
+                "its input holds NaN or infinity (or overflows float32 when squared)",
+                s.linears[0].name,
+                "the checkpoint is damaged, or its activations overflow: try --dtype float32",
+            )
+    for linear in missed:
+        if linear.expert is None:
+            remedy = f"--exclude '{linear.name}' leaves it dense"
+            raise CompressError("calibration never reached this layer", linear.name, remedy)
+    return [Inputs(s.linears, found) for s, (found, _) in zip(sums, means, strict=True)]
+
+
+def _added_up(
+    model: BlockModel, block: int, linears: Collection[Linear], activations: Activations, needs: Needs, clock: Timed
+) -> list[_Sum]:
+    """The sums of one run over all batches."""
     sums: dict[str, _Sum] = {}
-    with _Watch(model, linears, sums, needs) as watch:
+    with _Watch(model, linears, sums, needs, clock) as watch:
         for _ in activations.through(block):
             watch.first = False
             for s in sums.values():
                 s.seen.clear()
-    found = [Inputs(s.linears, s.finish(s.linears[0].shape[1], model.device)) for s in sums.values()]
-    reached = {linear.name for group in found for linear in group.linears}
-    for linear in linears:
-        if linear.name not in reached:
-            if linear.expert is None:
-                remedy = f"--exclude '{linear.name}' leaves it dense"
-                raise CompressError("calibration never reached this layer", linear.name, remedy)
-            found.append(Inputs([linear], _Sum([linear], needs).finish(linear.shape[1], model.device)))
-    return found
+    return list(sums.values())
 
 
 class _Watch(TorchFunctionMode):
     """Feeds the inputs of watched layers to their sums while a block runs."""
 
-    def __init__(self, model: BlockModel, linears: Collection[Linear], sums: dict[str, _Sum], needs: Needs) -> None:
+    def __init__(
+        self, model: BlockModel, linears: Collection[Linear], sums: dict[str, _Sum], needs: Needs, clock: Timed
+    ) -> None:
         super().__init__()
         self.first = True
+        self._clock = clock
         self._needs = needs
         self._sums = sums
         self._by_address: dict[tuple[int, tuple[int, ...], int], str] = {}
@@ -186,7 +215,11 @@ class _Watch(TorchFunctionMode):
                 return
             self._sums[linear.name] = _Sum([linear], self._needs, seen=[x])
         if linear.name in self._sums:
-            self._sums[linear.name].add(x)
+            self._add(linear.name, x)
+
+    def _add(self, name: str, x: Tensor) -> None:
+        with self._clock("hessian"):
+            self._sums[name].add(x)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -202,5 +235,5 @@ class _Watch(TorchFunctionMode):
                 mine = experts[index]
                 if mine[0].name not in self._sums:
                     self._sums[mine[0].name] = _Sum(list(mine), self._needs)
-                self._sums[mine[0].name].add(x)
+                self._add(mine[0].name, x)
                 return

@@ -98,19 +98,35 @@ class Weights:
                 return self._format.dtype(layer, dtypes, self._config)
         return self.checkpoint.tensors[name].torch_dtype
 
-    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
-        """A dense tensor; packed layers come dequantised as [out, in], unpacked on `device`."""
+    def read(self, name: str, device: torch.device | str = "cpu", ready: dict[str, Tensor] | None = None) -> Tensor:
+        """A dense tensor; packed layers come dequantised as [out, in], unpacked on `device`.
+
+        Args:
+            ready: stored tensors that were read already, by name; what is used is taken out of it.
+        """
         layer = name.removesuffix(".weight")
         if name.endswith(".weight") and layer in self.packed:
-            packed = self.read_packed(layer, device)
+            packed = self.read_packed(layer, device, ready)
             with _fitting(layer):
                 return packed.dequantize()
-        return self.checkpoint.read(name).to(device)
+        return self._stored(name, device, ready)
 
-    def read_packed(self, layer: str, device: torch.device | str = "cpu") -> Packed:
-        """A packed layer by its name without ".weight", its tensors on `device`."""
+    def _stored(self, name: str, device: torch.device | str, ready: dict[str, Tensor] | None) -> Tensor:
+        found = None if ready is None else ready.pop(name, None)
+        return (self.checkpoint.read(name) if found is None else found).to(device)
+
+    def stored(self, name: str) -> list[str]:
+        """Names of the stored tensors that a dense one is read from."""
+        layer = name.removesuffix(".weight")
+        packed = name.endswith(".weight") and layer in self.packed
+        return [f"{layer}.{s}" for s in self._parts(layer)] if packed else [name]
+
+    def read_packed(
+        self, layer: str, device: torch.device | str = "cpu", ready: dict[str, Tensor] | None = None
+    ) -> Packed:
+        """A packed layer by its name without ".weight", its tensors on `device`; `ready`: see `read`."""
         assert self._format is not None
-        parts = {s: self.checkpoint.read(f"{layer}.{s}").to(device) for s in self._parts(layer)}
+        parts = {s: self._stored(f"{layer}.{s}", device, ready) for s in self._parts(layer)}
         with _fitting(layer):
             packed = self._format.unpack(layer, parts, self._config)
         shape = self.shapes_cache()[layer + ".weight"]

@@ -9,8 +9,8 @@
 //
 // Macros: T: Half, BFloat or Single, to which weights are rounded; LEVELS: 0 weights stay what they are, 1 levels `low`
 // to `high` on a grid, less its zero point where ZERO, 2 codes 0 to `high` of grids with any zero point, and outliers;
-// ALIVE: a mask of weights that may differ from 0, with LEVELS 2 of the outliers; CHOOSE: of every `run` columns `drop` are
-// pruned, by their score when the loop reaches them.
+// ALIVE: a mask of weights that may differ from 0, with LEVELS 2 of the outliers; CHOOSE: of every `run` columns, 32 at most,
+// `drop` are pruned, by their score when the loop reaches them.
 #include "rounding.cuh"
 
 #ifndef DESCEND
@@ -91,18 +91,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                 const int i = g * 32 + owner * 4 + t, m = g * 4 + t;
                 if (i >= count) break;
                 if (CHOOSE && i % run == 0) {
-                    const int end = min(i + run, count);
+                    const int end = min(i + run, count);  // no more than 32 columns on: in this 32 or the next
 #pragma unroll
                     for (int o = 0; o < OWN; o++) {
                         const int c = column_of(o, sharer);
-                        if (o / 4 >= g && c >= i && c < end)
+                        if (o / 4 >= g && o / 4 <= g + 1 && c >= i && c < end)
                             second[c * PITCH + own_row] = live >> o & 1 ? fabsf(v[o]) * weigh[o] : -1.0f;
                     }
                     __syncwarp();
 #pragma unroll
                     for (int o = 0; o < OWN; o++) {
                         const int c = column_of(o, sharer);
-                        if (o / 4 >= g && c >= i && c < end) {
+                        if (o / 4 >= g && o / 4 <= g + 1 && c >= i && c < end) {
                             const float mine = second[c * PITCH + own_row];
                             int lower = 0;
                             for (int other = i; other < end; other++) {

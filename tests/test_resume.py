@@ -18,10 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 
 import compress
 from compress import cli, hidden, journal, output, pipeline
+from compress.blocks import BlockModel
 
 BLOCKS = 4
 VARIANTS = {
@@ -183,12 +185,44 @@ def test_killed_in_other_variants(runs: Runs, undisturbed: Any, solved: list[int
 
 def test_killed_with_activations_on_disk(runs: Runs, undisturbed: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """What spilled is not trusted after a kill: activations are computed again from the finished blocks."""
-    monkeypatch.setattr(hidden, "choose_tier", lambda nbytes, device: "disk")
+    monkeypatch.setattr(hidden, "choose_tier", lambda *given: "disk")
     assert runs.forked(runs.args("gptq"), kill_at(6)) == -signal.SIGKILL
     assert (runs.partial / "hidden.bin").stat().st_size > 0
     (runs.partial / "hidden.bin").write_bytes(b"nonsense")
     assert runs.here(runs.args("gptq")) == 0
     assert runs.files() == undisturbed("gptq")
+
+
+def short_of_memory() -> None:
+    """For `forked`: from block 1 on, no more than 4 rows go through a block at once."""
+    run = BlockModel.run
+
+    def small(model: Any, block: int, states: Any, shape: Any) -> Any:
+        if block and len(states) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return run(model, block, states, shape)
+
+    BlockModel.run = small  # type: ignore[method-assign]
+
+
+def test_goes_on_with_as_many_rows_as_there_was_memory_for(
+    runs: Runs, tmp_path_factory: pytest.TempPathFactory, toy: Path, text_file: Path
+) -> None:
+    """Rows are halved in block 1. Killed after block 2, with memory enough afterwards: each finished block is run as it
+    was, and those to come as they would have been."""
+    other = Runs(tmp_path_factory.mktemp("short"), toy, text_file)
+    assert other.forked(other.args("gptq"), short_of_memory) == 0
+    expected = other.files()
+    assert b"out of device memory with 8 rows at once: 4 from there on" in expected["README.md"]
+
+    def prepare() -> None:
+        short_of_memory()
+        kill_at(7, after=True)()
+
+    assert runs.forked(runs.args("gptq"), prepare) == -signal.SIGKILL
+    assert len(runs.blocks()) == 3
+    assert runs.here(runs.args("gptq")) == 0
+    assert runs.files() == expected
 
 
 def test_killed_again_and_again(runs: Runs, undisturbed: Any) -> None:
@@ -505,6 +539,13 @@ def refused(stopped: Runs, capsys: pytest.CaptureFixture[str], says: str) -> Non
     assert says in err
     assert "--fresh" in err
     assert err.count("\n") == 1
+
+
+def test_low_memory_is_no_other_run(stopped: Runs, solved: list[int], undisturbed: Any) -> None:
+    """It goes on with the batches that it began with, so it ends with the same bytes."""
+    assert stopped.here(stopped.args("gptq", "--low-memory")) == 0
+    assert solved == [2, 3]
+    assert stopped.files() == undisturbed("gptq")
 
 
 def test_other_method_is_refused(stopped: Runs, capsys: pytest.CaptureFixture[str]) -> None:

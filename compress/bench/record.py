@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
+import os
 import platform
 import shlex
 import subprocess
@@ -11,6 +13,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from compress import __version__
@@ -19,7 +22,10 @@ from compress.cuda import support
 from compress.errors import CompressError
 
 SCHEMA = 1
-_PACKAGES = ("numpy", "transformers", "triton", "bitsandbytes")
+_PACKAGES = (
+    "numpy", "transformers", "triton", "bitsandbytes", "safetensors", "llmcompressor", "compressed-tensors",
+    "gptqmodel",
+)  # fmt: skip
 _ASKED = {"power_limit": "power.limit", "sm_clock_most": "clocks.max.sm", "memory_clock": "clocks.mem"}
 
 
@@ -39,8 +45,20 @@ def find_device(name: str) -> int:
     return found.device
 
 
-def machine(device: int) -> dict[str, Any]:
-    """The card and what drives it."""
+def place(name: str) -> int | None:
+    """`find_device`, or None for "cpu". Raises CompressError."""
+    return None if name == "cpu" else find_device(name)
+
+
+def on(device: int | None) -> contextlib.AbstractContextManager[Any]:
+    """Within, this is torch's current CUDA device; None: as it is."""
+    return contextlib.nullcontext() if device is None else torch.cuda.device(device)
+
+
+def machine(device: int | None) -> dict[str, Any]:
+    """The card and what drives it; None: the host alone."""
+    if device is None:
+        return {"device": _cpu(), **host()}
     found, known = torch.cuda.get_device_properties(device), support.probe(device)
     return {
         "device": found.name,
@@ -51,7 +69,23 @@ def machine(device: int) -> dict[str, Any]:
         "driver": support.driver_name(),
         "driver_cuda": known.driver,
         **_smi(str(found.uuid)),
+        **host(),
     }
+
+
+def host() -> dict[str, int]:
+    """Its size."""
+    return {"cores": os.cpu_count() or 1, "host_memory": psutil.virtual_memory().total}
+
+
+def _cpu() -> str:
+    """The processor's name, where the system tells it."""
+    try:
+        told = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        told = ""
+    names = [line.partition(":")[2].strip() for line in told.splitlines() if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _smi(uuid: str) -> dict[str, str]:
@@ -64,10 +98,12 @@ def _smi(uuid: str) -> dict[str, str]:
     return dict(zip(_ASKED, (value.strip() for value in said.strip().split(",")), strict=False))
 
 
-def versions(device: int) -> dict[str, str]:
+def versions(device: int | None) -> dict[str, str]:
     """Of everything that a figure depends on."""
-    known = support.probe(device)
     own = {"compress": __version__, "python": platform.python_version(), "torch": torch.__version__}
+    if device is None:
+        return own | _installed()
+    known = support.probe(device)
     return own | {"cuda": known.cuda, "cupy": known.cupy, "nvrtc": known.nvrtc} | _installed()
 
 
@@ -85,8 +121,8 @@ def today() -> str:
     return datetime.date.today().isoformat()
 
 
-def head(device: int) -> dict[str, Any]:
-    """The start of a report."""
+def head(device: int | None) -> dict[str, Any]:
+    """The start of a report; None: of a run on the CPU."""
     return {
         "schema": SCHEMA,
         "command": shlex.join(["compress", *sys.argv[1:]]),
@@ -99,11 +135,16 @@ def head(device: int) -> dict[str, Any]:
 def lines(report: dict[str, Any]) -> list[str]:
     """`head` for a reader: Markdown."""
     card, used = report["machine"], report["versions"]
-    more = ", ".join(f"{k.replace('_', ' ')} {card[k]}" for k in _ASKED if k in card)
+    parts = [card["device"]]
+    if "sms" in card:
+        parts += [f"{card['sms']} multiprocessors", f"{card['l2'] / 1e6:.0f} MB L2", f"{card['memory'] / 1e9:.0f} GB"]
+        parts += [f"driver {card['driver'] or card['driver_cuda']}"]
+    parts += [f"{k.replace('_', ' ')} {card[k]}" for k in _ASKED if k in card]
+    if "cores" in card:
+        parts += [f"{card['cores']} CPU cores", f"{card['host_memory'] / 1e9:.0f} GB of host memory"]
     return [
         f"`{report['command']}`, {report['date']}.",
-        f"Machine: {card['device']}, {card['sms']} multiprocessors, {card['l2'] / 1e6:.0f} MB L2, "
-        f"{card['memory'] / 1e9:.0f} GB, driver {card['driver'] or card['driver_cuda']}{', ' if more else ''}{more}.",
+        f"Machine: {', '.join(parts)}.",
         "Versions: " + ", ".join(f"{name} {version}" for name, version in used.items()) + ".",
     ]
 

@@ -73,7 +73,7 @@ def _ceilings(report: dict[str, Any]) -> Table:
     found = report["ceilings"]
     rows = [("copy, read + write", f"{found['copy_gbps']:.0f} GB/s", "")]
     rows += [
-        (f"read {r['bytes'] / 1e6:g} MB", f"{r['gbps']:.0f} GB/s", _number(r["us"]) + " µs") for r in found["reads"]
+        (f"read {r['bytes'] / 1e6:g} MB", f"{r['gbps']:.0f} GB/s", number(r["us"]) + " µs") for r in found["reads"]
     ]
     rows += [(f"dense {name}", f"{rate:.0f} T/s", "") for name, rate in found["tera_per_second"].items()]
     return Table("What the card can do at most", ("", "rate", "time"), tuple(rows))
@@ -94,7 +94,7 @@ def _cells(row: Row, rivals: Sequence[str], others: bool) -> tuple[str, ...]:
     end = (row.get("way", ""),)
     if row["failed"]:
         return (*start, "FAILED", *("",) * (2 + len(rivals) + others), *end, row["failed"])
-    numbers = (_number(row["us"]), f"{row['gbps']:.0f}", f"{row['of_floor']:.2f}")
+    numbers = (number(row["us"]), f"{row['gbps']:.0f}", f"{row['of_floor']:.2f}")
     beside = [_ratio(row["peers"][n]) if n in row["peers"] else "-" for n in rivals]
     if others:
         beside.append(", ".join(f"{name} {_ratio(found)}" for name, found in row.get("quoted", {}).items()) or "-")
@@ -106,8 +106,8 @@ def _tuned(report: dict[str, Any]) -> list[Table]:
         return []
     rows = tuple(
         (
-            t["kind"], f"{t['rows']}x{t['columns']}", str(t["tokens"]), " ".join(map(str, t["way"])), _number(t["us"]),
-            t["before"], "-" if t["before_us"] is None else _number(t["before_us"]), str(t["tried"]),
+            t["kind"], f"{t['rows']}x{t['columns']}", str(t["tokens"]), " ".join(map(str, t["way"])), number(t["us"]),
+            t["before"], "-" if t["before_us"] is None else number(t["before_us"]), str(t["tried"]),
             str(len(t["failed"])),
         )
         for t in report["tuned"]
@@ -177,9 +177,29 @@ def decode_notes(report: dict[str, Any]) -> list[str]:
     ]
 
 
-def _number(us: float) -> str:
+def number(us: float) -> str:
+    """With three digits or more that count."""
     return f"{us:.2f}" if us < 10 else f"{us:.1f}" if us < 1000 else f"{us:.0f}"
 
 
 def _ratio(found: dict[str, Any]) -> str:
-    return f"{_number(found['us'])} ({found['ratio']:.2f})"
+    return f"{number(found['us'])} ({found['ratio']:.2f})"
+
+
+# --- what several have ---------------------------------------------------------------------------------------------
+
+
+def goals_table(goals: Sequence[Row]) -> list[Table]:
+    """What was set out, beside what was measured; no table without any."""
+    rows = []
+    for g in goals:
+        bound = "at least" if g["least"] else "at most"
+        came, unit = f"{g['measured']:.4g} {g['unit']}", g["unit"]
+        rows.append((g["what"], f"{bound} {g['goal']:g} {unit}", came, "yes" if g["met"] else "NO"))
+    return [Table("What was set out, and what came", ("", "goal", "measured", "met"), tuple(rows))] if rows else []
+
+
+def failures(report: dict[str, Any]) -> list[str]:
+    """A note that rows failed, if any did."""
+    failed, missing = report["failed"], report["missing"]
+    return [f"{failed} rows failed, {missing} were not reached."] if failed or missing else []

@@ -13,6 +13,8 @@ from compress.cuda.support import probe, why_not_once
 
 #: columns that a launch takes
 COLUMNS = 128
+#: columns of a run that it prunes, at most
+RUN = 32
 _ROWS, _THREADS, _PITCH = 32, 256, 33
 _TYPES = {torch.float16: "Half", torch.bfloat16: "BFloat", torch.float32: "Single"}
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress.ahead import Here, lane_to
 from compress.blocks import BlockModel
 from compress.errors import CompressError
 from compress.hidden import Activations, batch_rows
@@ -64,7 +65,11 @@ def window_length(model: BlockModel, wanted: int = 2048) -> int:
 
 
 def final_states(
-    model: BlockModel, rows: Tensor, spill: Path, step: Callable[[int, int], None] | None = None
+    model: BlockModel,
+    rows: Tensor,
+    spill: Path,
+    step: Callable[[int, int], None] | None = None,
+    low_memory: bool = False,
 ) -> Activations:
     """Hidden states behind the last block for every row, one block in memory at a time.
 
@@ -72,17 +77,19 @@ def final_states(
         rows: int64 [windows, window].
         spill: file for hidden states that fit in no memory.
         step: called with (blocks done, blocks in all).
+        low_memory: keep nothing on the device that can be elsewhere.
     """
-    size = batch_rows(len(rows), rows.shape[1], model.hidden_size, 4 * model.hidden_size, model.device)
-    flow = Activations(model, rows, size, spill)
+    size = batch_rows(len(rows), rows.shape[1], model.hidden_size, 4 * model.hidden_size, model.device, low_memory)
+    flow = Activations(model, rows, size, spill, low_memory=low_memory)
     flow.enter()
     total = len(model.block_names)
-    for block in range(total):
-        model.load(block)
-        flow.advance(block)
-        model.free(block)
-        if step is not None:
-            step(block + 1, total)
+    with model.ahead(range(total), Here() if low_memory else lane_to(model.device)) as ahead:
+        for block in range(total):
+            model.load(block, ahead.take(block))
+            flow.advance(block)
+            model.free(block)
+            if step is not None:
+                step(block + 1, total)
     return flow
 
 
@@ -96,12 +103,14 @@ def evaluate(
     window: int | None = None,
     trust_remote_code: bool = False,
     step: Callable[[int, int], None] | None = None,
+    low_memory: bool = False,
 ) -> tuple[Score, Score | None]:
     """Score a checkpoint on a text; with `original`, that too, and the distance between them.
 
     Args:
         tokens: int64 [n], the whole text.
         window: tokens a window; None for 2048 or the model's context.
+        low_memory: see `final_states`.
 
     Returns:
         score of `weights`, score of `original` (None without one).
@@ -109,22 +118,24 @@ def evaluate(
     step = step or (lambda done, total: None)
     rounds = 1 if original is None else 2
     with tempfile.TemporaryDirectory(prefix="compress-eval-") as scratch:
-        model = BlockModel(weights, dtype, device, trust_remote_code)
+        model = BlockModel(weights, dtype, device, trust_remote_code, low_memory)
         rows = cut_windows(tokens, window or window_length(model))
         flow = final_states(
             model,
             rows,
             Path(scratch) / "a",
             lambda d, t: step(d, t * rounds),
+            low_memory,
         )
         base = base_flow = None
         if original is not None:
-            base = BlockModel(original, dtype, device, trust_remote_code)
+            base = BlockModel(original, dtype, device, trust_remote_code, low_memory)
             base_flow = final_states(
                 base,
                 rows,
                 Path(scratch) / "b",
                 lambda d, t: step(t + d, 2 * t),
+                low_memory,
             )
         sums = _compare(model, flow, base, base_flow)
         flow.close()

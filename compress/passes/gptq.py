@@ -324,8 +324,8 @@ class GPTQ:
 def keep_better_rows(
     k: Tensor, target: Tensor, hessian: Tensor, grids: Grid, groups: Tensor, alive: Tensor | None = None
 ) -> tuple[Tensor, Tensor, int]:
-    """Replace rows that lose to round-to-nearest on the same grid and mask. Returns the levels, what each row then loses
-    (float32 [out]), and how many were replaced."""
+    """Replace rows that lose to round-to-nearest on the same grid and mask. Returns the levels, what each row then
+    loses (float32 [out]), and how many were replaced."""
     scale = grids.scale[:, groups]
     plain = grid.nearest(target, scale, grids.low[:, groups], grids.high[:, groups])
     plain = plain if alive is None else plain * alive

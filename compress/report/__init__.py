@@ -120,6 +120,8 @@ def timings(result: Result) -> dict[str, Any]:
     """Seconds and memory of this one run."""
     return {
         "seconds": {**result.seconds, "total": sum(result.seconds.values())},
+        "seconds_beside": result.beside,
+        "room": result.room,
         "peak_host_bytes": peak_host_bytes(),
         "peak_device_bytes": peak_device_bytes(result.job.device),
         "resumed_blocks": result.resumed,

@@ -177,6 +177,8 @@ def print_result(result: Result) -> None:
     console = Console()
     console.print(table)
     console.print("seconds: " + ", ".join(f"{k} {v:.1f}" for k, v in result.seconds.items()), highlight=False)
+    console.print("of threads beside: " + ", ".join(f"{k} {v:.1f}" for k, v in result.beside.items()), highlight=False)
+    console.print("kept: " + ", ".join(f"{k} {v}" for k, v in result.room.items()), highlight=False)
     for line in words(result):
         console.print(line, highlight=False, markup=False)
     for note in notes(result):

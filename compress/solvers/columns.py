@@ -346,7 +346,8 @@ class _Graph:
             self._function(*self._inputs)  # kernels are compiled and cuBLAS is set up, which no graph can hold
             torch.cuda.synchronize()
             self._graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(self._graph):
+            # threads that read and write other blocks may call CUDA meanwhile
+            with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
                 self._outputs = self._function(*self._inputs)
         for mine, given in zip(self._inputs, tensors, strict=True):
             mine.copy_(given)

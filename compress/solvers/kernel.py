@@ -64,7 +64,7 @@ def find(
 
     run, drop, length = (0, 0, columns.COLUMNS) if pruned is None else pruned
     rule = columns.Rule(dtype, bits, codes, descend, run if drop else 0, drop)
-    if not columns.takes(x, rule) or (drop and run > columns.COLUMNS):
+    if not columns.takes(x, rule) or (drop and run > columns.RUN):
         return None
     found: Any = partial(columns.block, rule)
     return Fast(found, min(columns.COLUMNS, length), bool(drop))

@@ -81,15 +81,15 @@ KINDS = pytest.mark.parametrize("symmetric", [True, False], ids=["symmetric", "a
 
 
 @KINDS
-@pytest.mark.parametrize("bits", [2, 4, 8])
 @pytest.mark.parametrize(
-    ("size", "dtype", "weighted"),
+    ("size", "bits", "dtype", "weighted"),
     [
-        (16, torch.float16, True), (32, torch.bfloat16, False), (128, torch.float32, True), (-1, torch.float16, False),
-        (40, torch.bfloat16, True), (7, torch.float32, False), (1, torch.float16, True),
+        (16, 2, torch.float16, True), (32, 4, torch.bfloat16, False), (128, 8, torch.float32, True),
+        (-1, 3, torch.float16, False), (40, 4, torch.bfloat16, True), (7, 8, torch.float32, False),
+        (1, 4, torch.float16, True),
     ],
 )  # fmt: skip
-def test_it_finds_what_grid_finds(size: int, dtype: torch.dtype, weighted: bool, bits: int, symmetric: bool) -> None:
+def test_it_finds_what_grid_finds(size: int, bits: int, dtype: torch.dtype, weighted: bool, symmetric: bool) -> None:
     weight = weights(5, 96)
     assert as_good(weight, bits, size, symmetric, dtype, importance(96) if weighted else None) > 0.95
 
@@ -107,8 +107,8 @@ def test_nearly_all_of_many_are_the_same(symmetric: bool) -> None:
 
 
 @KINDS
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
-def test_groups_that_are_special(dtype: torch.dtype, symmetric: bool) -> None:
+@pytest.mark.parametrize(("dtype", "bits"), [(torch.float16, 4), (torch.bfloat16, 2), (torch.float32, 8)], ids=str)
+def test_groups_that_are_special(dtype: torch.dtype, bits: int, symmetric: bool) -> None:
     """Zeros, constants, both signs of them, one weight that is not zero, weights near zero, huge ones."""
     weight = weights(9, 64)
     weight[0] = 0
@@ -119,8 +119,7 @@ def test_groups_that_are_special(dtype: torch.dtype, symmetric: bool) -> None:
     weight[6] *= 1e7
     weight[7] = weight[7].abs()
     weight[8] = 1e-12
-    for bits in (2, 4, 8):
-        as_good(weight, bits, 32, symmetric, dtype)
+    as_good(weight, bits, 32, symmetric, dtype)
 
 
 @KINDS

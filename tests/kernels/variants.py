@@ -120,7 +120,6 @@ BASE["columns.cu"] = {"T": "Half", "LEVELS": 1, "ZERO": 0, "ALIVE": 0, "DESCEND"
 VARIANTS["columns.cu"] = [
     of("columns.cu", ALL),
     of("columns.cu", ZERO=1, ALIVE=1, DESCEND=1),
-    of("columns.cu", T="BFloat", CHOOSE=1),
     of("columns.cu", T="Single", LEVELS=0, ALIVE=1, CHOOSE=1),
     of("columns.cu", T="BFloat", LEVELS=2, ZERO=1, ALIVE=1),
     of("columns.cu", LEVELS=2, ZERO=1, ALIVE=1, DESCEND=1),

@@ -1,0 +1,280 @@
+"""What runs beside the block loop: the next block is read ahead, the finished one is hashed and written behind.
+
+    Reader   one thread   a block's tensors, read and copied to the device while the block before is worked on
+    Outbox   threads      packed tensors copied to the host, hashed and written while the block after is worked on
+
+Both hold one block at most. Copies run on a `Lane`: on a GPU a stream of its own and pinned memory, so that they wait
+for the tensors they copy and nothing waits for them before it must; elsewhere there is nothing to copy.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+#: counts the seconds that a thread spends on a part of the run
+Timed = Callable[[str], AbstractContextManager[None]]
+
+
+def untimed(part: str) -> AbstractContextManager[None]:
+    """Counts nothing."""
+    return nullcontext()
+
+
+class Mark(Protocol):
+    """A point in the work of a lane."""
+
+    def synchronize(self) -> None:
+        """Wait until the lane has come so far."""
+        ...
+
+
+class Lane(Protocol):
+    """Copies between the host and a device, in the order in which they are asked for."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where `up` puts tensors."""
+        ...
+
+    def empty(self, nbytes: int) -> Tensor:
+        """uint8 [nbytes] on the host, for what is to go up."""
+        ...
+
+    def up(self, host: Tensor) -> Tensor:
+        """A tensor on its way to the device, not to be used before `arrive`."""
+        ...
+
+    def down(self, value: Tensor, into: Tensor | None = None) -> Tensor:
+        """A tensor on its way to the host (there already: itself), not to be read before `mark().synchronize()`.
+
+        Args:
+            into: what an earlier `down` of the same shape and dtype gave, to be filled again.
+        """
+        ...
+
+    def mark(self) -> Mark:
+        """Behind every copy that was asked for until now."""
+        ...
+
+    def arrive(self, values: Iterable[Tensor], mark: Mark) -> None:
+        """Let the work that is queued from here on use what went up before `mark`."""
+        ...
+
+
+class _Passed:
+    def synchronize(self) -> None:
+        pass
+
+
+class Here:
+    """The lane of a CPU, and of tensors that are to stay on the host."""
+
+    device = torch.device("cpu")
+
+    def empty(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8)
+
+    def up(self, host: Tensor) -> Tensor:
+        return host
+
+    def down(self, value: Tensor, into: Tensor | None = None) -> Tensor:
+        return value.cpu()
+
+    def mark(self) -> Mark:
+        return _Passed()
+
+    def arrive(self, values: Iterable[Tensor], mark: Mark) -> None:
+        pass
+
+
+class Stream:
+    """The lane of a GPU: a stream of its own, pinned memory on the host.
+
+    What goes up lies in memory of this stream, what comes down in that of the stream it was made in: `record_stream`
+    keeps either from being given to others before both streams are done with it.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def empty(self, nbytes: int) -> Tensor:
+        return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def up(self, host: Tensor) -> Tensor:
+        try:
+            with torch.cuda.stream(self._stream):
+                return host.to(self.device, non_blocking=True)
+        except torch.OutOfMemoryError:  # it goes when its turn comes, and what is there now is gone
+            return host
+
+    def down(self, value: Tensor, into: Tensor | None = None) -> Tensor:
+        if not value.is_cuda:
+            return value
+        host = torch.empty(value.shape, dtype=value.dtype, pin_memory=True) if into is None else into
+        self._stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(value, non_blocking=True)
+        value.record_stream(self._stream)
+        return host
+
+    def mark(self) -> Mark:
+        event: torch.cuda.Event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # waiters sleep
+        event.record(self._stream)
+        return event
+
+    def arrive(self, values: Iterable[Tensor], mark: Mark) -> None:
+        assert isinstance(mark, torch.cuda.Event)
+        now = torch.cuda.current_stream(self.device)
+        now.wait_event(mark)
+        for value in values:
+            if value.is_cuda:
+                value.record_stream(now)
+
+
+def lane_to(device: torch.device) -> Lane:
+    """A lane between the host and `device`."""
+    return Stream(device) if device.type == "cuda" else Here()
+
+
+class Reader:
+    """The stored tensors of one block after another, each read by a thread while the block before it is worked on.
+
+    Args:
+        names: for each block, in the order in which they will be taken, the tensors that it is made of.
+        read: a tensor by its name, in memory that the second argument makes; what it raises, `take` raises.
+        lane: where they wait: on the device, or on the host (`Here`).
+        timed: counts the seconds of the thread as "read".
+
+    Attributes:
+        late: blocks of which something had no room where it was to wait.
+    """
+
+    def __init__(
+        self,
+        names: Iterable[tuple[int, list[str]]],
+        read: Callable[[str, Callable[[int], Tensor]], Tensor],
+        lane: Lane,
+        timed: Timed = untimed,
+    ) -> None:
+        self._names = deque(names)
+        self._read, self._lane, self._timed = read, lane, timed
+        self.late = 0
+        self._next: tuple[int, Future[tuple[dict[str, Tensor], Mark]]] | None = None
+        self._stopped = threading.Event()
+        self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._begin()
+
+    def __enter__(self) -> Reader:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stopped.set()
+        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._next = None
+
+    def _begin(self) -> None:
+        self._next = None
+        if self._names:
+            block, names = self._names.popleft()
+            self._next = (block, self._thread.submit(self._fetch, names))
+
+    def _fetch(self, names: list[str]) -> tuple[dict[str, Tensor], Mark]:
+        found: dict[str, Tensor] = {}
+        with self._timed("read"):
+            for name in names:
+                if self._stopped.is_set():
+                    break
+                found[name] = self._lane.up(self._read(name, self._lane.empty))
+        return found, self._lane.mark()
+
+    def take(self, block: int) -> dict[str, Tensor]:
+        """The tensors of a block, the next in order; from here on the one after it is read."""
+        assert self._next is not None
+        expected, coming = self._next
+        assert block == expected, f"block {block} was asked for, {expected} is next"
+        found, mark = coming.result()
+        del coming
+        self.late += any(value.device.type != self._lane.device.type for value in found.values())
+        self._begin()
+        self._lane.arrive(found.values(), mark)
+        return found
+
+
+class Outbox:
+    """What is finished, on its way to the disk: copied to the host, worked on there and written by threads, in order.
+
+    Args:
+        lane: from the device.
+        timed: counts the seconds of the threads.
+    """
+
+    def __init__(self, lane: Lane, timed: Timed = untimed) -> None:
+        self._lane, self._timed = lane, timed
+        self._writer = ThreadPoolExecutor(1, "write-behind")
+        self._helpers = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "write-behind-digest")
+        self._writing: Future[None] | None = None
+
+    def __enter__(self) -> Outbox:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        try:
+            self.flush()  # a block that is finished is kept, whatever stops the run
+        except Exception as failure:
+            if error is None or isinstance(error, Exception):  # what failed in an earlier block is the cause of both
+                raise failure from None
+        finally:
+            self._writer.shutdown(wait=True)
+            self._helpers.shutdown(wait=True, cancel_futures=True)
+
+    def host(self, value: Tensor) -> Tensor:
+        """A tensor's copy on the host, filled by the time that a task given to `put` runs."""
+        return self._lane.down(value)
+
+    def later(self, part: str, work: Callable[[Tensor], T], value: Tensor) -> Future[T]:
+        """What `work` makes of a tensor's copy on the host, in a thread; `part` names its seconds."""
+        host = self._lane.down(value)
+        mark = self._lane.mark()
+
+        def run() -> T:
+            mark.synchronize()
+            with self._timed(part):
+                return work(host)
+
+        return self._helpers.submit(run)
+
+    def put(self, part: str, task: Callable[[], None]) -> None:
+        """Run `task` in a thread, once the one before it is done (raises what that one raised)."""
+        self.flush()
+        mark = self._lane.mark()
+
+        def run() -> None:
+            mark.synchronize()
+            with self._timed(part):
+                task()
+
+        self._writing = self._writer.submit(run)
+
+    def check(self) -> None:
+        """Raise what the last task raised, if it did already."""
+        if self._writing is not None and self._writing.done():
+            self.flush()
+
+    def flush(self) -> None:
+        """Wait for the last task. Raises what it raised."""
+        if self._writing is not None:
+            writing = self._writing
+            writing.exception()  # waits; where that is interrupted, the task is waited for again
+            self._writing = None
+            writing.result()
