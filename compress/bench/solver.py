@@ -12,8 +12,9 @@ import statistics
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from compress.bench.quantisers import TOOLS, Tool
 from compress.bench.stages import METHODS, Layer, Setting, Shape
 from compress.bench.sums import BLOCK, CALLS, block, goals
 from compress.errors import CompressError
+from compress.solvers.columns import products
 from compress.solvers.hessian import row_losses
 from compress.stats import accumulate
 
@@ -67,7 +69,7 @@ class Plan:
 
     @property
     def setting(self) -> Setting:
-        return Setting(self.bits, self.group, self.asymmetric, _DTYPES[self.dtype])
+        return Setting(self.bits, self.group, self.asymmetric, _DTYPES[self.dtype], self.tf32)
 
     @property
     def place(self) -> torch.device:
@@ -89,7 +91,7 @@ def run(plan: Plan, told: Told) -> dict[str, Any]:
     tools: list[Row] = []
     absent = {tool.name: tool.absent() for tool in TOOLS} if plan.others else {}
     whole = set(BLOCK) <= set(plan.shapes)
-    with record.on(plan.device), torch.no_grad(), _products(plan.tf32):
+    with record.on(plan.device), torch.no_grad(), products(False):
         report = record.head(plan.device)
         for shape in plan.shapes:
             rows += _shape(plan, shape, told)
@@ -114,17 +116,6 @@ def run(plan: Plan, told: Told) -> dict[str, Any]:
         "failed": sum(bool(r["failed"]) for r in rows),
         "missing": 0,
     }  # fmt: skip
-
-
-@contextlib.contextmanager
-def _products(tf32: bool) -> Iterator[None]:
-    """Within, float32 products of a GPU are in TF32, or are not."""
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = tf32
-    try:
-        yield
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
 
 
 def _shape(plan: Plan, shape: Shape, told: Told) -> list[Row]:
@@ -171,8 +162,9 @@ def _method(plan: Plan, row: Row, layer: Layer, hessian: float) -> None:
     if not math.isfinite(row["loss"]):
         row["failed"] = "wrong result: its loss is not finite"
     elif (row["rows"], row["columns"]) == min(plan.shapes, key=math.prod):
-        with stages.in_python(), _products(False):
-            twin = method(layer.weight, layer.stats, dtype)
+        exact = METHODS[row["method"]].make(replace(plan.setting, tf32=False))
+        with stages.in_python():
+            twin = exact(layer.weight, layer.stats, dtype)
         ratio = float(solved.row_loss.sum() / twin.row_loss.sum())
         equal = float((stages.codes(solved.packed) == stages.codes(twin.packed)).float().mean())
         limit = _LOSS * max(1.0, (2**24 / layer.weight.numel()) ** 0.5)
@@ -231,7 +223,7 @@ def _tool(plan: Plan, tool: Tool, shape: Shape, absent: dict[str, str], told: To
             for _ in range(plan.runs + 1):  # the first compiles
                 ready = tool.ready(layer, plan.setting)
                 kept: list[Tensor] = []
-                took.append(_took(lambda ready=ready, kept=kept: kept.append(ready()), plan.place))  # type: ignore[misc]
+                took.append(_took(partial(_keep, ready, kept), plan.place))
                 out = kept[0]
     except Exception as error:  # others' code: whatever it refuses is its own row
         absent[f"{tool.name}, {shape[0]}x{shape[1]}"] = first_line(error)
@@ -240,6 +232,10 @@ def _tool(plan: Plan, tool: Tool, shape: Shape, absent: dict[str, str], told: To
     loss, norm = (row_losses(e, layer.hessian).sum() for e in (weight - out.float(), weight))
     row = {"tool": tool.name, "rows": shape[0], "columns": shape[1], "quoted": False, "loss": float(loss / norm)}
     return [row | {"hessian_ms": round(hessian, 4), "solve_ms": round(statistics.median(took[1:]), 4)}]
+
+
+def _keep(ready: Callable[[], Tensor], kept: list[Tensor]) -> None:
+    kept.append(ready())
 
 
 def _quoted(plan: Plan, measured: list[Row], device: str) -> list[Row]:

@@ -50,12 +50,14 @@ class Setting:
     Attributes:
         bits, group, asymmetric: of integer grids (SpQR has its own).
         dtype: of weights and inputs, and of stored scales.
+        tf32: products of the loops in TF32.
     """
 
     bits: int = 4
     group: int = 128
     asymmetric: bool = False
     dtype: torch.dtype = torch.float16
+    tf32: bool = False
 
 
 @dataclass(frozen=True)
@@ -113,12 +115,12 @@ class Method:
 def fast_gptq(setting: Setting) -> GPTQ:
     """GPTQ without what was added to it."""
     s = setting
-    return GPTQ(s.bits, s.group, not s.asymmetric, scale_search=False, refit=False, descent=0)
+    return GPTQ(s.bits, s.group, not s.asymmetric, scale_search=False, refit=False, descent=0, tf32=s.tf32)
 
 
 def default_gptq(setting: Setting) -> GPTQ:
     """GPTQ as it is by default."""
-    return GPTQ(setting.bits, setting.group, not setting.asymmetric)
+    return GPTQ(setting.bits, setting.group, not setting.asymmetric, tf32=setting.tf32)
 
 
 def gptq_stages(method: GPTQ, layer: Layer, dtype: torch.dtype) -> Iterator[Stage]:
@@ -139,7 +141,7 @@ def gptq_stages(method: GPTQ, layer: Layer, dtype: torch.dtype) -> Iterator[Stag
 
     scale, zero = by_column()
     wanted, last = target[:, visit].t().contiguous(), (method.bits, dtype, method.block_size)
-    loop = partial(columns.sweep, wanted, ready.factor, scale, zero, *last)
+    loop = _loop(method.tf32, columns.sweep, wanted, ready.factor, scale, zero, *last)
     yield "loop", loop
     yield from _block(kernel.find(wanted, dtype, method.bits), wanted, ready.factor, scale, zero)
     k = unvisit(loop(), visit)
@@ -150,21 +152,20 @@ def gptq_stages(method: GPTQ, layer: Layer, dtype: torch.dtype) -> Iterator[Stag
     if method.descent:
         scale, zero = by_column()
         levels = k[:, visit].t().contiguous()
-        descent = partial(columns.descend, levels, wanted, ready.damped, scale, zero, *last)
+        descent = _loop(method.tf32, columns.descend, levels, wanted, ready.damped, scale, zero, *last)
         yield "descent", descent
         k = unvisit(descent(), visit)
 
     def losses() -> None:
         keep_better_rows(k, target, layer.hessian, grids, groups)
-        for error in (target - grid.value(k, grids.scale[:, groups], dtype), target):
-            row_losses(error, layer.hessian)
+        row_losses(target, layer.hessian)
 
     yield "losses", losses
 
 
 def pruning(setting: Setting) -> SparseGPT:
     """2:4, kept weights in 16 bits."""
-    return SparseGPT(pattern="2:4")
+    return SparseGPT(pattern="2:4", tf32=setting.tf32)
 
 
 def sparsegpt_stages(method: SparseGPT, layer: Layer, dtype: torch.dtype) -> Iterator[Stage]:
@@ -175,7 +176,7 @@ def sparsegpt_stages(method: SparseGPT, layer: Layer, dtype: torch.dtype) -> Ite
     yield "factor", _factor(method.damp_percent, layer, choice)
     ready = prepare(layer.hessian, method.damp_percent, True, choice)
     w = target[:, ready.visit].t().contiguous()
-    loop = partial(columns.prune, w, ready.factor, None, None, 0, dtype, method.block_size, choice)
+    loop = _loop(method.tf32, columns.prune, w, ready.factor, None, None, 0, dtype, method.block_size, choice)
     yield "loop", loop
     fast = kernel.find(w, dtype, 0, pruned=(pattern.m, pattern.m - pattern.n, len(w)))
     kept = torch.ones_like(w[_BLOCK], dtype=torch.bool)
@@ -188,7 +189,7 @@ def sparsegpt_stages(method: SparseGPT, layer: Layer, dtype: torch.dtype) -> Ite
 
 def spqr(setting: Setting) -> SpQR:
     """As it is by default: 3 bits, groups of 16."""
-    return SpQR()
+    return SpQR(tf32=setting.tf32)
 
 
 def spqr_stages(method: SpQR, layer: Layer, dtype: torch.dtype) -> Iterator[Stage]:
@@ -217,14 +218,25 @@ def spqr_stages(method: SpQR, layer: Layer, dtype: torch.dtype) -> Iterator[Stag
     scale, zero = (x.values()[:, groups].t().contiguous() for x in statistics)
     mask, wanted = (x[:, ready.visit].t().contiguous() for x in (mask, target))
     last = (method.bits, dtype, method.block_size)
-    loop = partial(spqr_solver.sweep, wanted, ready.factor, (scale, zero, mask), *last)
+    loop = _loop(method.tf32, spqr_solver.sweep, wanted, ready.factor, (scale, zero, mask), *last)
     yield "loop", loop
     fast = kernel.find(wanted, dtype, method.bits, codes=True)
     value = torch.empty_like(wanted[_BLOCK])
     yield from _block(fast, wanted, ready.factor, scale, zero, mask[_BLOCK], value)
     if method.descent:
         solved = loop()
-        yield "descent", partial(spqr_solver.descend, solved, wanted, ready.damped, (scale, zero, mask), *last)
+        grids = (scale, zero, mask)
+        yield "descent", _loop(method.tf32, spqr_solver.descend, solved, wanted, ready.damped, grids, *last)
+
+
+def _loop(tf32: bool, run: Callable[..., Any], *given: Any) -> Callable[[], Any]:
+    """A loop with the products that its pass makes there."""
+
+    def call() -> Any:
+        with columns.products(tf32):
+            return run(*given)
+
+    return call
 
 
 def _factor(damp_percent: float, layer: Layer, choice: Choice | None = None) -> Callable[[], object]:

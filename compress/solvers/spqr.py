@@ -262,18 +262,8 @@ def _descend(
     def decide(start: int, stop: int, moved: Tensor) -> None:
         local, h, mine = gradient[start:stop], hessian[start:stop, start:stop], slice(start, stop)
         if fast is not None:
-            fast(
-                local,
-                h,
-                inverse[mine],
-                scale[mine],
-                zero[mine],
-                outlier[mine],
-                value[mine],
-                k[mine],
-                moved,
-                value[mine],
-            )
+            fast(local, h, inverse[mine], scale[mine], zero[mine], outlier[mine], value[mine], k[mine], moved,
+                 value[mine])  # fmt: skip
             return
         for i in range(stop - start):
             j = start + i

@@ -288,3 +288,26 @@ def test_switching_kernels_off_leaves_no_trace(monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_refused(monkeypatch: pytest.MonkeyPatch, capsys: Any, words: tuple[str, ...], told: str) -> None:
     assert ran(monkeypatch, *words) == 2
     assert capsys.readouterr().err.startswith(f"error: {told}")
+
+
+def test_tf32_is_of_the_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls that are timed make their products as the passes make them: in the loops, and nowhere else."""
+    setting = Setting(group=32, tf32=True)
+    layer = stages.drawn((16, 64), 128, torch.device("cpu"), torch.float16)
+    seen: list[bool] = []
+    plain = columns.lazily
+
+    def lazily(*given: Any) -> None:
+        seen.append(torch.backends.cuda.matmul.allow_tf32)
+        plain(*given)
+
+    monkeypatch.setattr(columns, "lazily", lazily)
+    for method in METHODS.values():
+        made = method.make(setting)
+        for name, stage in method.stages(made, layer, torch.float16):
+            if name in ("loop", "descent"):
+                stage()
+        stages.whole(made, layer, torch.float16)()
+    assert seen
+    assert all(seen)
+    assert not torch.backends.cuda.matmul.allow_tf32
