@@ -161,14 +161,15 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
             prefetch_chunk<CODE_BYTES>(chunk + i / RT * STRIDE * BAND * CODE_BYTES, lane);
         }
     wait_for_previous();
+    const float number = Weights<T>::ahead(layer, lane);
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) request(d, false);
 
     auto prepare = [&](u8* place, int tile) {
         if (AFTER) {
-            Weights<T>::prepare_pairs(place, layer, tile, THREADS);
+            Weights<T>::prepare_pairs(place, layer, tile, THREADS, number);
         } else {
-            Weights<T>::prepare_weights(place, layer, tile, THREADS);
+            Weights<T>::prepare_weights(place, layer, tile, THREADS, number);
         }
     };
     for (int r = 0; r < (KIND == BOOK ? BESIDE * RT : 1); r++)

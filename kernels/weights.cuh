@@ -12,6 +12,9 @@
 //
 // single.cu needs of each lane's statistics only those of steps 2 c and 2 c + 1 (c = lane % 4): `Weights<T, true>` holds
 // no more, and its `group` takes 0 or 1 for these steps.
+//
+// What `ahead` loads, `prepare_pairs` or `prepare_weights` puts into shared memory: a table asked for before the weights
+// does not queue behind them.
 #pragma once
 #include "codes.cuh"
 
@@ -105,8 +108,9 @@ struct Weights {
     Statistics<HELD * Scale::BYTES> scale;
     Statistics<HELD * Offset::BYTES> offset;
 
-    static __device__ __forceinline__ void prepare_pairs(u8*, const Layer&, int, int) {}
-    static __device__ __forceinline__ void prepare_weights(u8*, const Layer&, int, int) {}
+    static __device__ __forceinline__ float ahead(const Layer&, int) { return 0; }
+    static __device__ __forceinline__ void prepare_pairs(u8*, const Layer&, int, int, float) {}
+    static __device__ __forceinline__ void prepare_weights(u8*, const Layer&, int, int, float) {}
 
     // Where a lane finds the statistics of a row of tiles.
     struct Place {
@@ -160,15 +164,17 @@ struct Weights {
     Words<4> words;
     Statistics<HELD * Float::BYTES> scale;
 
-    static __device__ __forceinline__ void prepare_pairs(u8* shared, const Layer& layer, int, int threads) {
-        const float* table = (const float*)layer.table;
+    static __device__ __forceinline__ float ahead(const Layer& layer, int lane) {
+        return stream4(layer.table + lane % 16 * 4);
+    }
+    static __device__ __forceinline__ void prepare_pairs(u8* shared, const Layer&, int, int threads, float number) {
         for (int i = threadIdx.x; i < 256 * 8; i += threads) {
-            const u32 both = T::pack(table[i / 8 & 15], table[i / 8 >> 4]);
+            const u32 both = T::pack(__shfl_sync(~0u, number, i / 8 % 16), __shfl_sync(~0u, number, i / 128));
             ((uint4*)shared)[i] = make_uint4(both, both, both, both);
         }
     }
-    static __device__ __forceinline__ void prepare_weights(u8* shared, const Layer& layer, int, int threads) {
-        for (int i = threadIdx.x; i < 16 * 32; i += threads) ((float*)shared)[i] = ((const float*)layer.table)[i / 32];
+    static __device__ __forceinline__ void prepare_weights(u8* shared, const Layer&, int, int threads, float number) {
+        for (int i = threadIdx.x; i < 16 * 32; i += threads) ((float*)shared)[i] = __shfl_sync(~0u, number, i / 32);
     }
     struct Place {
         const u8* scales;
@@ -208,13 +214,14 @@ struct Weights {
     static constexpr int SHARED_PAIRS = TILE * PITCH * 2, SHARED_WEIGHTS = SHARED_PAIRS;  // a tile
     Words<BITS> words;
 
-    static __device__ __forceinline__ void prepare_pairs(u8* shared, const Layer& layer, int tile, int threads) {
+    static __device__ __forceinline__ float ahead(const Layer&, int) { return 0; }
+    static __device__ __forceinline__ void prepare_pairs(u8* shared, const Layer& layer, int tile, int threads, float) {
         for (int i = threadIdx.x; i < TILE * ENTRIES; i += threads)
             ((u16*)shared)[i / ENTRIES * PITCH + i % ENTRIES] =
                 (u16)T::pack(Stored<SCALE>::Type::one(layer.table, (u64)tile * TILE * ENTRIES + i), 0.0f);
     }
-    static __device__ __forceinline__ void prepare_weights(u8* shared, const Layer& layer, int tile, int threads) {
-        prepare_pairs(shared, layer, tile, threads);
+    static __device__ __forceinline__ void prepare_weights(u8* shared, const Layer& layer, int tile, int threads, float number) {
+        prepare_pairs(shared, layer, tile, threads, number);
     }
     struct Place {
         __device__ __forceinline__ Place(const Layer&, int, int) {}
@@ -246,8 +253,9 @@ struct Weights {
     uint4 grids;  // of two groups
     float own[2][2][2];  // group, row, scale and offset
 
-    static __device__ __forceinline__ void prepare_pairs(u8*, const Layer&, int, int) {}
-    static __device__ __forceinline__ void prepare_weights(u8*, const Layer&, int, int) {}
+    static __device__ __forceinline__ float ahead(const Layer&, int) { return 0; }
+    static __device__ __forceinline__ void prepare_pairs(u8*, const Layer&, int, int, float) {}
+    static __device__ __forceinline__ void prepare_weights(u8*, const Layer&, int, int, float) {}
 
     struct Place {
         const u32* codes;

@@ -115,7 +115,8 @@ def test_the_device_is_waited_for_once_a_step(tmp_path: Path) -> None:
             torch.cuda.set_sync_debug_mode("warn")
             step()
             torch.cuda.set_sync_debug_mode("default")
-        assert len([w for w in seen if "synchronizing" in str(w.message)]) <= 1
+        waits = [f"{w.filename}:{w.lineno}" for w in seen if "synchronizing" in str(w.message)]
+        assert len(waits) <= 1, waits
 
 
 def test_the_clock_does_not_wait() -> None:

@@ -79,7 +79,7 @@ def candidates(layer: Layer, shape: Shape, tokens: int, hopper: bool, processors
         shared: bytes of shared memory that a block can have.
     """
     sparse = isinstance(layer, PrunedGrid)
-    few = _single() if tokens == 1 and not sparse else _narrow(tokens, 1 if sparse else 2, hopper)
+    few = _single() if tokens == 1 and not sparse else _narrow(tokens, hopper)
     found: list[Way] = [way for way in few if _fits(way, layer, shape, tokens, shared, processors)]
     if isinstance(layer, PrunedGrid):  # it is dequantised for more inputs than that, and only then
         return found or [choice.Library()]
@@ -93,12 +93,11 @@ def candidates(layer: Layer, shape: Shape, tokens: int, hopper: bool, processors
 def _single() -> Iterator[choice.Single]:
     for row_tiles in (1, 2, 4):
         for warps in (4, 8, 16):
-            for depth in (2, 3, 4, 6):
+            for depth in (1, 2, 3, 4):
                 yield choice.Single(row_tiles, warps, depth)
 
 
-def _narrow(tokens: int, least: int, hopper: bool) -> Iterator[choice.Narrow]:
-    """`least`: chunks on their way, for up to 16 tokens."""
+def _narrow(tokens: int, hopper: bool) -> Iterator[choice.Narrow]:
     if tokens > 64:
         return
     most = 1 if tokens <= 8 else 2 if tokens <= 16 else 4 if tokens <= 32 else 8
@@ -106,7 +105,7 @@ def _narrow(tokens: int, least: int, hopper: bool) -> Iterator[choice.Narrow]:
         for row_tiles in (1, 2, 4) if most == 2 else (1, 2):
             for beside in (1, 2, 4):
                 for warps in (4, 8, 16) if beside == 1 else (2, 4, 8):
-                    for depth in range(least, least + 3) if most <= 2 else (1, 2):
+                    for depth in (1, 2, 3) if most <= 2 else (1, 2):
                         for split in (1, 2, 4) if hopper else (1,):
                             yield choice.Narrow(token_tiles, row_tiles, warps, depth, beside, split)
 
