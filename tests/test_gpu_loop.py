@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-import compress
+import compress.api
 from compress import hidden, pipeline, stats
 from compress.ahead import Here, Stream
 from compress.blocks import BlockModel
