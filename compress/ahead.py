@@ -1,10 +1,12 @@
 """What runs beside the block loop: the next block is read ahead, the finished one is hashed and written behind.
 
-    Reader   one thread   a block's tensors, read and copied to the device while the block before is worked on
-    Outbox   threads      packed tensors copied to the host, hashed and written while the block after is worked on
+    Reader     one thread   a block's tensors, read and copied to the device while the block before is worked on
+    Outbox     threads      packed tensors copied to the host, hashed and written while the block after is worked on
+    Begun      one thread   something that is not needed before the first block is written
+    in_order   threads      the same work on one thing after another, such as reading layers back
 
-Both hold one block at most. Copies run on a `Lane`: on a GPU a stream of its own and pinned memory, so that they wait
-for the tensors they copy and nothing waits for them before it must; elsewhere there is nothing to copy.
+The first two hold one block at most. Copies run on a `Lane`: on a GPU a stream of its own and pinned memory, so that
+they wait for the tensors they copy and nothing waits for them before it must; elsewhere there is nothing to copy.
 """
 
 from __future__ import annotations
@@ -12,14 +14,16 @@ from __future__ import annotations
 import os
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol, TypeVar
+from functools import partial
+from typing import Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+S = TypeVar("S")
 T = TypeVar("T")
 #: counts the seconds that a thread spends on a part of the run
 Timed = Callable[[str], AbstractContextManager[None]]
@@ -278,3 +282,62 @@ class Outbox:
             writing.exception()  # waits; where that is interrupted, the task is waited for again
             self._writing = None
             writing.result()
+
+
+class Begun(Generic[T]):
+    """Work that a thread has begun; when the context ends it is told to stop.
+
+    Args:
+        work: is given what tells it to stop.
+        part: names its seconds.
+    """
+
+    def __init__(self, work: Callable[[threading.Event], T], timed: Timed = untimed, part: str = "") -> None:
+        self._stop = threading.Event()
+        self._thread = ThreadPoolExecutor(1, part or "begun")
+
+        def run() -> T:
+            with timed(part):
+                return work(self._stop)
+
+        self._result = self._thread.submit(run)
+
+    def __enter__(self) -> Begun[T]:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.shutdown(wait=True)
+
+    def result(self) -> T:
+        """Waits for it. Raises what it raised."""
+        return self._result.result()
+
+
+def in_order(work: Callable[[S], T], things: Iterable[S], each: int = 0) -> Iterator[T]:
+    """What `work` makes of each thing, in their order; what it raises for one is raised when that one's turn comes.
+
+    Threads share out the processors, and torch's operators in each of them its own part.
+
+    Args:
+        each: bytes of host memory that the work on one thing takes at most; a quarter of what is free is used.
+    """
+    import psutil
+
+    cores = os.cpu_count() or 1
+    fit = psutil.virtual_memory().available // 4 // max(each, 1)
+    threads = int(max(1, min(cores, 8, fit)))
+    before = torch.get_num_threads()
+    waiting: deque[Future[T]] = deque()
+    with ThreadPoolExecutor(threads, "in-order", partial(torch.set_num_threads, max(1, before // threads))) as pool:
+        try:
+            for thing in things:
+                waiting.append(pool.submit(work, thing))
+                if len(waiting) > threads:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for left in waiting:
+                left.cancel()
+            torch.set_num_threads(before)  # what a thread sets holds for threads to come, too

@@ -10,9 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+import tempfile
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,10 +191,10 @@ class Checkpoint:
         """The safetensors files, or the GGUF file, sorted."""
         return sorted({t.file for t in self.tensors.values()})
 
-    def fingerprint(self) -> dict[str, str]:
-        """sha256 of config.json and of every weight file, by file name. Hashed in parallel."""
+    def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
+        """sha256 of config.json and of every weight file, by file name; `stop`: see `hash_files`."""
         config = self.folder / "config.json"
-        return hash_files([*([config] if config.is_file() else []), *self.files()])
+        return hash_files([*([config] if config.is_file() else []), *self.files()], stop)
 
 
 def read_into(file: Path, start: int, target: Tensor, what: str) -> None:
@@ -304,12 +307,21 @@ def _unpickle(file: Path, device: str) -> dict[str, Tensor]:
     return state
 
 
-def hash_files(paths: Sequence[Path]) -> dict[str, str]:
-    """sha256 of each file, by its name, hashed in parallel."""
+def hash_files(paths: Sequence[Path], stop: threading.Event | None = None) -> dict[str, str]:
+    """sha256 of each file, by its name, hashed in parallel.
+
+    Args:
+        stop: once it is set, the hashing ends with CancelledError.
+    """
 
     def one(path: Path) -> str:
-        with path.open("rb") as f:
-            return hashlib.file_digest(f, "sha256").hexdigest()
+        digest, chunk = hashlib.sha256(), memoryview(bytearray(_COPY_BYTES))
+        with path.open("rb", buffering=0) as f:
+            while got := f.readinto(chunk):
+                digest.update(chunk[:got])
+                if stop is not None and stop.is_set():
+                    raise CancelledError
+        return digest.hexdigest()
 
     with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
         return dict(zip([p.name for p in paths], pool.map(one, paths), strict=True))
@@ -381,32 +393,73 @@ def _file_chunks(stored: Stored) -> Iterator[bytes | memoryview]:
             yield chunk
 
 
-def write_shards(folder: Path, tensors: Iterable[tuple[str, Stored]], shard_bytes: int) -> dict[str, str]:
-    """Copy stored tensors into shards of at most `shard_bytes` (a larger tensor gets its own), with an index.
+def write_shards(
+    folder: Path,
+    tensors: Iterable[tuple[str, Stored]],
+    shard_bytes: int,
+    written: Sequence[tuple[Path, str]] = (),
+) -> dict[str, str]:
+    """Put stored tensors into shards of at most `shard_bytes` (a larger tensor gets its own), with an index.
+
+    Args:
+        written: safetensors files with their sha256. One that holds nothing but tensors of the list becomes a shard as
+            it is: by another name of the same file, or copied where the file system has no hard links.
 
     Returns:
         sha256 of every file written, by name.
     """
-    shards: list[list[tuple[str, Stored]]] = [[]]
-    room = shard_bytes
+    digests = dict(written)
+    ready: dict[Path, list[tuple[str, Stored]]] = {file: [] for file in digests}
+    rest: list[tuple[str, Stored]] = []
     for name, stored in tensors:
-        if shards[-1] and stored.nbytes > room:
-            shards.append([])
+        ready.get(stored.file, rest).append((name, stored))
+    for part in [f for f, held in ready.items() if len(held) != len(read_header(f))]:
+        rest += ready.pop(part)
+    shards: list[tuple[Path | None, list[tuple[str, Stored]]]] = [(f, held) for f, held in ready.items() if held]
+    room = 0
+    for name, stored in rest:
+        if not room or stored.nbytes > room:
+            shards.append((None, []))
             room = shard_bytes
-        shards[-1].append((name, stored))
-        room -= stored.nbytes
+        shards[-1][1].append((name, stored))
+        room = max(room - stored.nbytes, 0)
     hashes: dict[str, str] = {}
     weight_map: dict[str, str] = {}
-    for i, shard in enumerate(shards):
-        file = _SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        found = dict(shard)
-        entries = [(n, s.dtype, s.shape, s.nbytes) for n, s in shard]
-        hashes[file] = _write(folder / file, entries, lambda name, found=found: _file_chunks(found[name]))
-        weight_map.update(dict.fromkeys(found, file))
+    for i, (file, shard) in enumerate(shards):
+        name = _SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
+        if file is None:
+            found = dict(shard)
+            entries = [(n, s.dtype, s.shape, s.nbytes) for n, s in shard]
+            hashes[name] = _write(folder / name, entries, lambda name, found=found: _file_chunks(found[name]))
+        else:
+            _same_file(file, folder / name)
+            hashes[name] = digests[file]
+        weight_map.update({n: name for n, _ in shard})
     if len(shards) > 1:
-        total = sum(s.nbytes for shard in shards for _, s in shard)
+        total = sum(s.nbytes for _, shard in shards for _, s in shard)
         hashes[_INDEX] = write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return hashes
+
+
+def has_links(folder: Path) -> bool:
+    """Whether files of an existing folder can have two names; False where nothing can be written."""
+    try:
+        with tempfile.TemporaryDirectory(prefix=".compress-links-", dir=folder) as place:
+            file = Path(place) / "a"
+            file.touch()
+            os.link(file, file.with_name("b"))
+    except OSError:
+        return False
+    return True
+
+
+def _same_file(file: Path, name: Path) -> None:
+    """Give a finished file another name, or copy it durably."""
+    try:
+        os.link(file, name)
+    except OSError:
+        with _durably(name, file.stat().st_size) as copy, file.open("rb") as original:
+            shutil.copyfileobj(original, copy, _COPY_BYTES)
 
 
 def write_json(path: Path, value: Any) -> str:

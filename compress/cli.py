@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 _OTHER = {
     "run": "the steps of a recipe (YAML): mixed bits, prune then quantise, rescale then quantise",
     "methods": "every method: its paper, and which formats can hold its result",
-    "eval": "perplexity of any checkpoint, dense or packed, ours or another tool's",
+    "eval": "perplexity and distance from the original of any checkpoints, dense or packed, and tasks",
     "inspect": "what a checkpoint holds, layer by layer: kind, bits, groups, bytes",
     "verify": "check a checkpoint: files, layers, parameters, and what its client makes of it",
     "export": "move a packed checkpoint to another format without rounding again",
@@ -306,6 +306,8 @@ def demo_command(
 def main() -> None:
     """Entry point: errors a user can mend take one line on stderr and exit code 2; Ctrl-C exits with 130."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # large tensors of a CPU in huge pages, where the system lets a program ask: half the time of RTN was page faults
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         code = app(prog_name="compress", standalone_mode=False)
     except Interrupted as stopped:

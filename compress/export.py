@@ -127,11 +127,8 @@ def export(
         clients.refuse(target, format, held)
 
     with Journal(out, overwrite, source) as journal:
-        fingerprint = {
-            "export": format,
-            "checkpoint": weights.checkpoint.fingerprint(),
-        }
-        ready = journal.start(fingerprint, fresh=False)
+        sources = weights.checkpoint.fingerprint()
+        ready = journal.start(lambda: {"export": format, "checkpoint": sources}, fresh=False)
         for number, block in enumerate(blocks):
             if number >= ready:
                 tensors: dict[str, Tensor] = {}
@@ -149,7 +146,8 @@ def export(
         done.largest_change = max((r["relative_change"] for r in records), default=0.0)
         owners = {n: layer for n, layer in weights.owners().items() if layer in ways}
         packed_tensors = {n: s for block in range(len(blocks)) for n, s in journal.tensors(block).items()}
-        hashes = assemble(journal.final, form, quantization, weights.checkpoint, owners, packed_tensors)
+        files = [journal.written(block) for block in range(len(blocks))]
+        hashes = assemble(journal.final, form, quantization, weights.checkpoint, owners, packed_tensors, files)
         if check:
             done.proof = verify(
                 journal.final, records, weights.checkpoint, trust_remote_code, owned=owners, hashes=hashes

@@ -7,7 +7,7 @@ positive side of the weights. Scales are rounded to the dtype in which they are 
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +20,7 @@ from compress.errors import CompressError
 LOWEST_ZERO = 1
 
 _DEFAULT_GROUPS = (128, 64, 32)
-_ROW_CHUNK_ELEMENTS = 1 << 18  # a search step works on about a megabyte, which stays in a CPU's cache
+_IN_CACHE = 1 << 18  # numbers: about a megabyte, which stays in a CPU's cache
 
 
 @dataclass(frozen=True)
@@ -73,6 +73,13 @@ def settle_group_size(requested: int | None, in_features: Collection[int]) -> in
             f"group size {requested} is larger than the widest layer's in_features {widest}", "--group-size", "use -1"
         )
     return requested
+
+
+def bands(rows: int, columns: int, device: torch.device) -> Iterator[slice]:
+    """Rows of a matrix, so many at a time that what is made of them stays in a processor's cache; on a GPU, all."""
+    step = max(1, _IN_CACHE // columns) if device.type == "cpu" else max(rows, 1)
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
 
 
 def nearest(weight: Tensor, scale: Tensor, low: Tensor | float, high: Tensor | float) -> Tensor:
@@ -130,11 +137,10 @@ def fit(
         if kernel.takes(weight, size, dtype, importance):
             return Grid(*kernel.fit(weight, bits, size, symmetric, dtype, importance), bits, dtype)
     cost = torch.ones(columns, device=weight.device) if importance is None else importance
-    cost = _grouped(cost[None], size)  # [1, groups, size], zero where padded
-    chunk = max(1, _ROW_CHUNK_ELEMENTS // columns) if weight.device.type == "cpu" else weight.shape[0]
+    cost = grouped(cost[None], size)  # [1, groups, size], zero where padded
     scales, zeros = [], []
-    for start in range(0, weight.shape[0], chunk):
-        part = _grouped(weight[start : start + chunk], size)
+    for band in bands(len(weight), columns, weight.device):
+        part = grouped(weight[band], size)
         if symmetric:
             scale, zero = _fit_symmetric(part, bits, dtype, search, cost)
         else:
@@ -144,8 +150,8 @@ def fit(
     return Grid(torch.cat(scales), torch.cat(zeros), bits, dtype)
 
 
-def _grouped(x: Tensor, size: int) -> Tensor:
-    """[rows, columns] -> [rows, groups, size], the ragged end padded with zeros."""
+def grouped(x: Tensor, size: int) -> Tensor:
+    """[rows, columns] -> [rows, groups, size], the ragged end padded with zeros, which every grid has."""
     groups = -(-x.shape[1] // size)
     return F.pad(x, (0, groups * size - x.shape[1])).reshape(-1, groups, size)
 

@@ -2,7 +2,8 @@
 
 The work folder OUT.partial holds fingerprint.json, and for each finished block block-00003.safetensors (its packed
 tensors as the format stores them) and block-00003.json (its records, written last: a block without it is not finished).
-The finished checkpoint is assembled in OUT.partial/final and renamed to OUT; an output that it replaces waits in
+The finished checkpoint is assembled in OUT.partial/final, where a large one's blocks are the same files by other names,
+and renamed to OUT; an output that it replaces waits in
 OUT.partial/replaced between the two renames. Nothing here is ever pickled.
 """
 
@@ -11,7 +12,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,7 @@ class Journal:
         self.unpickled = out.with_name(out.name + ".unpickled")
         self._replaced = self.folder / "replaced"
         self._recorded = self.folder / "fingerprint.json"
+        self._owed: Callable[[], Mapping[str, Any]] | None = None
         self._lock = FileLock(out.with_name(out.name + ".lock"))
 
     def __enter__(self) -> Journal:
@@ -99,8 +101,12 @@ class Journal:
         """The fingerprint of a run that was stopped here; empty if there was none."""
         return read_json(self._recorded, _FRESH) if self._recorded.exists() else {}
 
-    def start(self, fingerprint: Mapping[str, Any], fresh: bool) -> int:
+    def start(self, fingerprint: Callable[[], Mapping[str, Any]], fresh: bool) -> int:
         """Open the work folder for a run described by `fingerprint`.
+
+        Args:
+            fingerprint: called now if an earlier run was stopped here, else before the first block is written.
+            fresh: an earlier run does not count.
 
         Returns:
             how many blocks are finished already.
@@ -110,7 +116,7 @@ class Journal:
         """
         earlier = {} if fresh else self.earlier()
         if earlier:
-            differences = compare(earlier, fingerprint)
+            differences = compare(earlier, fingerprint())
             if differences:
                 raise CompressError(
                     f"an unfinished run differs in {'; '.join(differences)}",
@@ -120,7 +126,7 @@ class Journal:
         else:
             self._discard()
             self.folder.mkdir(parents=True)
-            write_json(self._recorded, fingerprint)
+            self._owed = fingerprint
         for leftover in (self.final, self._replaced):
             if leftover.exists():
                 shutil.rmtree(leftover)
@@ -163,6 +169,9 @@ class Journal:
             notes: what the report must say of the block.
             rows: calibration rows that went through the block at once.
         """
+        if self._owed is not None:  # blocks of an unknown run would be thrown away
+            write_json(self._recorded, self._owed())
+            self._owed = None
         digest = save_tensors(self._file(block), tensors)
         value: dict[str, Any] = {
             "sha256": digest,
@@ -174,13 +183,20 @@ class Journal:
             value["rows"] = rows
         write_json(self._records(block), value)
 
-    def tensors(self, block: int) -> dict[str, Stored]:
-        """Where a finished block's tensors are. Raises CompressError when the file is not what was written."""
-        file = self._file(block)
-        recorded = self._read(block)["sha256"]
-        if not file.is_file() or hash_files([file])[file.name] != recorded:
+    def tensors(self, block: int, check: bool = True) -> dict[str, Stored]:
+        """Where a finished block's tensors are. Raises CompressError when the file is not what was written.
+
+        Args:
+            check: read the file and compare its sha256; one that this run wrote is checked in what it ends in.
+        """
+        file, recorded = self.written(block)
+        if not file.is_file() or (check and hash_files([file])[file.name] != recorded):
             raise CompressError("is gone or changed since it was written (sha256)", str(file), _FRESH)
         return read_header(file)
+
+    def written(self, block: int) -> tuple[Path, str]:
+        """The file of a finished block, and the sha256 that it had when it was written."""
+        return self._file(block), self._read(block)["sha256"]
 
     def records(self, block: int) -> list[dict[str, Any]]:
         """The layer records of a finished block."""

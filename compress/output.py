@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import Checkpoint, Stored, hash_files, read_json, write_json, write_shards
+from compress.checkpoint import Checkpoint, Stored, has_links, hash_files, read_json, write_json, write_shards
 from compress.formats.base import Format
 from compress.gguf import files as gguf_files
 from compress.gguf import writer as gguf_writing
 from compress.skeleton import quiet_transformers
 
 SHARD_BYTES = 5_000_000_000
+#: from this size on what was written block by block is not written again: each block is a shard
+LARGE_BYTES = 1_000_000_000
 RECORD = "compress.json"
 #: files with clock times: they differ between two runs that write the same checkpoint
 TIMED = ("report.json",)
@@ -28,6 +30,7 @@ def assemble(
     source: Checkpoint,
     owners: Mapping[str, str],
     packed: Mapping[str, Stored],
+    written: Sequence[tuple[Path, str]] = (),
 ) -> dict[str, str]:
     """Write a whole checkpoint folder.
 
@@ -37,16 +40,18 @@ def assemble(
         source: the checkpoint whose other tensors and files are copied.
         owners: tensor of the source -> the layer that is packed anew and that it belongs to.
         packed: the tensors of those layers, and others that take the place of the source's.
+        written: the files that these lie in, with their sha256; of a large checkpoint they become shards as they are.
 
     Returns:
         sha256 of each weight file as it was written, by name.
     """
     folder.mkdir()
-    every = tensors(format, source, owners, packed)
+    every = list(tensors(format, source, owners, packed))
     if format.container == "gguf":
         hashes = gguf_writing.write(folder / gguf_writing.SINGLE, every, source, quantization)
     else:
-        hashes = write_shards(folder, every, SHARD_BYTES)
+        large = sum(stored.nbytes for _, stored in every) >= LARGE_BYTES
+        hashes = write_shards(folder, every, SHARD_BYTES, written if large else ())
     carry_over(source.folder, folder)
     plain = {k: v for k, v in source.config.items() if k != "quantization_config"}
     # a GGUF file says itself how its tensors are quantised; told in config.json, transformers would look for a
@@ -57,6 +62,13 @@ def assemble(
     for name, value in format.files(quantization).items():
         write_json(folder / name, value)
     return hashes
+
+
+def room_needed(out: Path, format: Format, nbytes: int) -> int:
+    """Bytes of disk that a checkpoint of `nbytes` takes until it is finished: twice that where it is written twice."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    once = format.container == "safetensors" and nbytes >= LARGE_BYTES and has_links(parent)
+    return (1 if once else 2) * nbytes
 
 
 def tensors(

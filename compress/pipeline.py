@@ -15,7 +15,7 @@ import torch
 
 from compress import hidden
 from compress import plan as planning
-from compress.ahead import Here, Lane, Outbox, lane_to
+from compress.ahead import Begun, Here, Lane, Outbox, lane_to
 from compress.asking import ask
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
@@ -26,7 +26,7 @@ from compress.hidden import Activations, batch_rows, row_bytes
 from compress.hub import push
 from compress.job import Clock, Job, Progress, Result, Status
 from compress.journal import Journal, check_output
-from compress.output import assemble
+from compress.output import assemble, room_needed
 from compress.plan import Plan
 from compress.report import finish
 from compress.solve import Block, compress_block, survey_model
@@ -95,25 +95,29 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
     with clock("load"):
         weights, model = open_model(job, job.out.with_name(job.out.name + ".unpickled"))
     plan = make_plan(job, model)
-    planning.check_room(job.out, 2 * plan.bytes_after)
+    planning.check_room(job.out, room_needed(job.out, plan.format, plan.bytes_after))
     if plan.needs and job.rows is None:
         raise CompressError(
             f"{plan.recipe.name} needs calibration data", "--calib", "pass --calib bundled or a text file"
         )
 
-    with Journal(job.out, job.overwrite, job.source) as journal:
+    with (
+        Journal(job.out, job.overwrite, job.source) as journal,
+        Begun(weights.checkpoint.fingerprint, clock.beside, "hash") as sources,
+    ):
         earlier = {} if job.fresh else journal.earlier()
         flow = start_flow(model, plan, job, journal.folder / "hidden.bin", earlier.get("batch_rows"))
         with clock("hash"):
-            sources = weights.checkpoint.fingerprint()
-        done = journal.start(fingerprint(job, plan, sources, model.dtype, flow), job.fresh)
+            done = journal.start(lambda: fingerprint(job, plan, sources.result(), model.dtype, flow), job.fresh)
         with nullcontext() if flow is None else flow:
             room = compress_blocks(job, model, plan, flow, journal, done, clock, progress)
         records, changed, notes = journal.everything(len(plan.blocks))
         with clock("write"):
-            stored = {n: s for block in range(len(plan.blocks)) for n, s in journal.tensors(block).items()}
+            blocks = range(len(plan.blocks))
+            stored = {n: s for block in blocks for n, s in journal.tensors(block, check=block < done).items()}
+            files = [journal.written(block) for block in blocks]
             config = plan.quantization_config()
-            hashes = assemble(journal.final, plan.format, config, weights.checkpoint, plan.owners(), stored)
+            hashes = assemble(journal.final, plan.format, config, weights.checkpoint, plan.owners(), stored, files)
         with clock("verify"):
             proof = prove(job, journal.final, records, weights.checkpoint, changed, hashes) if job.verify else None
         score = original = None

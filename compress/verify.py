@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import math
+from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from compress.ahead import in_order
 from compress.blocks import BlockModel, refuse_infinite
 from compress.checkpoint import Checkpoint, hash_files, tensor_bytes
 from compress.errors import CompressError
@@ -18,6 +21,8 @@ from compress.gguf.writer import COMPUTED
 from compress.output import RECORD, WEIGHT_FILES, read_record
 from compress.weights import Weights
 
+#: bytes that a weight takes at most while it is unpacked and dequantised
+_UNPACKING = 16
 _AGAIN = "run again with --fresh"
 _COPY = "copy the folder again"
 
@@ -79,12 +84,16 @@ def verify(
     copied = [n for n in source.tensors if n not in gone and n not in changed]
     if written.format_name == "gguf":
         copied = [n for n in copied if not n.endswith(COMPUTED)]
-    for name in copied:
+
+    def check(name: str) -> None:
         original = source.read(name)
         if not same(written, name, original):
             raise CompressError("the copied tensor is not the original's", name, _AGAIN)
         if name not in model.unexpected and original.is_floating_point():
             refuse_infinite(original, name)  # a pass that runs no activations has not looked at it
+
+    largest = max((source.tensors[name].nbytes for name in copied), default=0)
+    deque(in_order(check, copied, 3 * largest), maxlen=0)
     return Proof(len(records), len(copied), sum(1 for _ in model.model.named_parameters()), len(hashes or {}))
 
 
@@ -103,7 +112,7 @@ def layers(
     written: Weights,
     records: Sequence[Mapping[str, Any]],
     remedy: str,
-    seen: Callable[[str, Tensor], None] = lambda name, dense: None,
+    seen: Callable[[str, Tensor], None] | None = None,
 ) -> None:
     """Raise CompressError unless the packed layers are those recorded and dequantise to what was recorded.
 
@@ -114,13 +123,19 @@ def layers(
     if written.format_name is not None and written.packed != set(expected):
         wrong = sorted(written.packed ^ set(expected))[0]
         raise CompressError("packed in the files or in the records, not in both", wrong, remedy)
-    for name, record in expected.items():
+
+    def check(name: str) -> tuple[str, Tensor | None]:
         dense = written.read(name + ".weight")
-        if record.get("transposed"):
+        if expected[name].get("transposed"):
             dense = dense.t().contiguous()
-        if digest(dense) != record.get("sha256_dense"):
+        if digest(dense) != expected[name].get("sha256_dense"):
             raise CompressError("the file does not dequantise to what the solver returned", name, remedy)
-        seen(name, dense)
+        return name, None if seen is None else dense
+
+    largest = max((math.prod(written.shapes_cache()[f"{name}.weight"]) for name in expected), default=0)
+    for name, dense in in_order(check, expected, _UNPACKING * largest):
+        if seen is not None and dense is not None:
+            seen(name, dense)
 
 
 def same(written: Weights, name: str, original: Tensor) -> bool:
@@ -129,7 +144,11 @@ def same(written: Weights, name: str, original: Tensor) -> bool:
         return False
     found = written.checkpoint.read(name)
     wider = torch.promote_types(found.dtype, original.dtype) == found.dtype
-    return wider and found.shape == original.shape and tensor_bytes(found.to(original.dtype)) == tensor_bytes(original)
+    if not wider or found.shape != original.shape:
+        return False
+    # bytes, as bytes: of numbers NaN would differ from itself, and 0 be the same as -0
+    found, original = (t.contiguous().reshape(-1).view(torch.uint8) for t in (found.to(original.dtype), original))
+    return torch.equal(found, original)
 
 
 def check_hashes(folder: Path) -> int:

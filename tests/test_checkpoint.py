@@ -7,6 +7,8 @@ import hashlib
 import json
 import os
 import shutil
+import threading
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from compress import checkpoint, output
 from compress.checkpoint import (
     Checkpoint,
     Stored,
+    has_links,
     hash_files,
     read_header,
     read_json,
@@ -125,6 +128,43 @@ def test_shards(tmp_path: Path, limit: int) -> None:
         index = read_json(folder / "model.safetensors.index.json")
         assert index["metadata"]["total_size"] == sum(t.nbytes for t in found.tensors.values())
         assert set(index["weight_map"].values()) == {f.name for f in files}
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_file_that_is_written_becomes_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, links: bool) -> None:
+    """By another name, or copied; one that holds something else too is not taken."""
+    if not links:
+
+        def refused(*_: object) -> None:
+            raise OSError("no links here")
+
+        monkeypatch.setattr(os, "link", refused)
+    blocks = {name: {f"{name}{i}": random([7, 9], torch.int32, i) for i in range(3)} for name in ("a", "b", "c")}
+    written = [(tmp_path / name, save_tensors(tmp_path / name, held)) for name, held in blocks.items()]
+    save_tensors(tmp_path / "rest", {"r": random([50], torch.bfloat16), "s": random([60], torch.bfloat16)})
+    stored = {n: s for name in ("a", "b", "c", "rest") for n, s in read_header(tmp_path / name).items() if n != "b1"}
+    (folder := tmp_path / "out").mkdir()
+    hashes = write_shards(folder, stored.items(), 10**9, written)
+    assert hashes == hash_files(sorted(folder.iterdir()))
+    (folder / "config.json").write_text("{}")
+    found = Checkpoint.open(folder)
+    assert found.tensors.keys() == stored.keys()
+    assert all(same(found.read(n), read_tensor(s)) for n, s in stored.items())
+    assert [len(read_header(f)) for f in found.files()] == [3, 3, 4]
+    assert [f.stat().st_nlink for f in found.files()] == ([2, 2, 1] if links else [1, 1, 1])
+    assert found.files()[0].read_bytes() == (tmp_path / "a").read_bytes()
+    assert has_links(tmp_path) == links
+    assert not has_links(tmp_path / "nowhere")
+    assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "c", "rest", "out"}
+
+
+def test_hashing_can_be_stopped(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"x" * 100)
+    stop = threading.Event()
+    assert hash_files([tmp_path / "f"], stop)["f"] == hashlib.sha256(b"x" * 100).hexdigest()
+    stop.set()
+    with pytest.raises(CancelledError):
+        hash_files([tmp_path / "f"], stop)
 
 
 def test_same_tensors_same_bytes(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ def block(i: int) -> tuple[dict[str, torch.Tensor], list[dict[str, Any]]]:
 def begin(out: Path, blocks: int, finish: bool = False) -> None:
     """A run that was stopped after so many blocks, or that finished."""
     with Journal(out, overwrite=True) as journal:
-        journal.start(PRINT, fresh=False)
+        journal.start(lambda: PRINT, fresh=False)
         for i in range(blocks):
             journal.add(i, *block(i))
         if finish:
@@ -51,7 +51,7 @@ def test_blocks_come_back(out: Path) -> None:
     begin(out, 2)
     with Journal(out, overwrite=False) as journal:
         assert journal.earlier() == PRINT
-        assert journal.start(PRINT, fresh=False) == 2
+        assert journal.start(lambda: PRINT, fresh=False) == 2
         for i in range(2):
             tensors, records = block(i)
             assert journal.records(i) == records
@@ -74,7 +74,7 @@ def test_records_make_a_block_count(out: Path) -> None:
     begin(out, 2)
     out.with_name("out.partial").joinpath("block-00001.json").unlink()
     with Journal(out, overwrite=False) as journal:
-        assert journal.start(PRINT, fresh=False) == 1
+        assert journal.start(lambda: PRINT, fresh=False) == 1
 
 
 def test_a_half_written_block_does_not_count(out: Path) -> None:
@@ -83,7 +83,7 @@ def test_a_half_written_block_does_not_count(out: Path) -> None:
     (partial / "block-00001.safetensors").write_bytes(b"half")
     (partial / "block-00001.json.tmp").write_bytes(b"{")
     with Journal(out, overwrite=False) as journal:
-        assert journal.start(PRINT, fresh=False) == 1
+        assert journal.start(lambda: PRINT, fresh=False) == 1
         journal.add(1, *block(1))
         assert journal.records(1) == block(1)[1]
 
@@ -91,8 +91,10 @@ def test_a_half_written_block_does_not_count(out: Path) -> None:
 def test_fresh_forgets(out: Path) -> None:
     begin(out, 2)
     with Journal(out, overwrite=False) as journal:
-        assert journal.start({"other": 1}, fresh=True) == 0
-        assert names(journal.folder) == {"fingerprint.json"}
+        assert journal.start(lambda: {"other": 1}, fresh=True) == 0
+        assert names(journal.folder) == set()
+        journal.add(0, *block(0))
+        assert journal.earlier() == {"other": 1}
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,7 @@ def test_a_different_run_is_refused(out: Path, change: dict[str, Any], says: str
     begin(out, 1)
     before = {p: p.read_bytes() for p in out.with_name("out.partial").iterdir()}
     with Journal(out, overwrite=False) as journal, pytest.raises(CompressError) as caught:
-        journal.start(PRINT | change, fresh=False)
+        journal.start(lambda: PRINT | change, fresh=False)
     assert says in caught.value.what
     assert "--fresh" in caught.value.remedy
     assert {p: p.read_bytes() for p in out.with_name("out.partial").iterdir()} == before
@@ -145,7 +147,7 @@ def damage(file: Path, how: str) -> None:
 def test_damaged_block(out: Path, how: str) -> None:
     begin(out, 2)
     with Journal(out, overwrite=False) as journal:
-        journal.start(PRINT, fresh=False)
+        journal.start(lambda: PRINT, fresh=False)
         damage(journal.folder / "block-00001.safetensors", how)
         journal.tensors(0)
         with pytest.raises(CompressError, match=r"block-00001\.safetensors.*--fresh"):
@@ -156,7 +158,7 @@ def test_damaged_block(out: Path, how: str) -> None:
 def test_damaged_records(out: Path, how: str) -> None:
     begin(out, 1)
     with Journal(out, overwrite=False) as journal:
-        journal.start(PRINT, fresh=False)
+        journal.start(lambda: PRINT, fresh=False)
         damage(journal.folder / "block-00000.json", "cut" if how == "cut" else how)
         if how == "cut":
             damage(journal.folder / "block-00000.json", "cut")  # the last byte was the newline
@@ -171,8 +173,8 @@ def test_damaged_fingerprint(out: Path, how: str) -> None:
     damage(out.with_name("out.partial") / "fingerprint.json", how)
     with Journal(out, overwrite=False) as journal:
         with pytest.raises(CompressError, match=r"fingerprint\.json.*--fresh"):
-            journal.start(PRINT, fresh=False)
-        assert journal.start(PRINT, fresh=True) == 0
+            journal.start(lambda: PRINT, fresh=False)
+        assert journal.start(lambda: PRINT, fresh=True) == 0
 
 
 # --- what is not ours
@@ -184,14 +186,14 @@ def test_a_strangers_folder_is_not_deleted(out: Path, fresh: bool) -> None:
     partial.mkdir()
     (partial / "thesis.tex").write_text("years of work")
     with Journal(out, overwrite=False) as journal, pytest.raises(CompressError, match=r"thesis\.tex"):
-        journal.start(PRINT, fresh)
+        journal.start(lambda: PRINT, fresh)
     assert (partial / "thesis.tex").read_text() == "years of work"
 
 
 def test_a_file_in_the_way(out: Path) -> None:
     out.with_name("out.partial").write_text("mine")
     with Journal(out, overwrite=False) as journal, pytest.raises(CompressError, match="in the way"):
-        journal.start(PRINT, fresh=False)
+        journal.start(lambda: PRINT, fresh=False)
     assert out.with_name("out.partial").read_text() == "mine"
 
 
@@ -202,8 +204,8 @@ def test_what_a_stopped_run_leaves_is_cleared(out: Path) -> None:
     (partial / "fingerprint.json.tmp").write_text("{")
     (partial / "hidden.bin").write_text("x")
     with Journal(out, overwrite=False) as journal:
-        assert journal.start(PRINT, fresh=False) == 0
-        assert names(partial) == {"fingerprint.json"}
+        assert journal.start(lambda: PRINT, fresh=False) == 0
+        assert names(partial) == set()
 
 
 # --- the lock
@@ -211,10 +213,10 @@ def test_what_a_stopped_run_leaves_is_cleared(out: Path) -> None:
 
 def test_one_run_at_a_time(out: Path) -> None:
     with Journal(out, overwrite=True) as journal:
-        journal.start(PRINT, fresh=False)
+        journal.start(lambda: PRINT, fresh=False)
         with pytest.raises(CompressError, match="another run is writing this output"), Journal(out, overwrite=True):
             pass
-        assert journal.earlier() == PRINT
+        assert journal.folder.is_dir()
     with Journal(out, overwrite=True):
         pass
     assert names(out.parent) == {"out.partial"}
@@ -223,7 +225,7 @@ def test_one_run_at_a_time(out: Path) -> None:
 def test_a_dead_runs_lock_file_is_no_lock(out: Path) -> None:
     out.with_name("out.lock").write_text("")
     with Journal(out, overwrite=False) as journal:
-        journal.start(PRINT, fresh=False)
+        journal.start(lambda: PRINT, fresh=False)
     assert names(out.parent) == {"out.partial"}
 
 
@@ -244,7 +246,7 @@ def test_an_output_that_appears_before_the_lock(out: Path) -> None:
 
 def test_an_output_that_appears_during_the_run(out: Path) -> None:
     with Journal(out, overwrite=False) as journal:
-        journal.start(PRINT, fresh=False)
+        journal.start(lambda: PRINT, fresh=False)
         assemble(journal, "new")
         out.mkdir()
         (out / "config.json").write_text("old")
@@ -289,7 +291,7 @@ def test_a_failed_replacement_leaves_the_old(out: Path, monkeypatch: pytest.Monk
         replace(a, b)
 
     with Journal(out, overwrite=True) as journal:
-        journal.start(PRINT, fresh=False)
+        journal.start(lambda: PRINT, fresh=False)
         assemble(journal, "new")
         monkeypatch.setattr(os, "replace", some)
         with pytest.raises(OSError, match="no"):
@@ -311,7 +313,7 @@ def test_a_kill_between_the_renames_is_undone(out: Path) -> None:
         pass  # even a run that is refused puts the old output back
     assert (out / "config.json").read_text() == "old"
     with Journal(out, overwrite=True) as journal:
-        assert journal.start(PRINT, fresh=False) == 1
+        assert journal.start(lambda: PRINT, fresh=False) == 1
         assert names(partial) == {"fingerprint.json", "block-00000.json", "block-00000.safetensors"}
 
 
@@ -322,7 +324,7 @@ def test_leftovers_of_a_kill_behind_the_renames(out: Path) -> None:
     shutil.copytree(out, partial / "replaced")
     (partial / "final").mkdir()
     with Journal(out, overwrite=True) as journal:
-        assert journal.start(PRINT, fresh=False) == 1
+        assert journal.start(lambda: PRINT, fresh=False) == 1
         assemble(journal, "new")
         journal.publish()
     assert names(out) == {"config.json"}

@@ -12,6 +12,7 @@ import torch
 
 import compress
 from compress.checkpoint import Checkpoint
+from compress.formats import FORMATS
 from compress.types import Needs
 from compress.weights import Weights
 
@@ -103,6 +104,27 @@ def test_shards_with_an_index(toy: Path, tmp_path: Path, monkeypatch: pytest.Mon
     index = json.loads((tmp_path / "a" / "model.safetensors.index.json").read_text())
     assert set(index["weight_map"].values()) == {s.name for s in shards}
     loaded(tmp_path / "a")
+
+
+def test_blocks_of_a_large_checkpoint_are_written_once(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from compress import output
+
+    wanted = compress.run(toy, compress.RTN(bits=4, group_size=32), tmp_path / "a", no_eval=True)
+    assert output.room_needed(tmp_path / "x", wanted.plan.format, 100) == 200
+    monkeypatch.setattr(output, "LARGE_BYTES", 1)
+    assert output.room_needed(tmp_path / "x" / "y", wanted.plan.format, 100) == 100
+    assert output.room_needed(tmp_path / "x", FORMATS["gguf"], 100) == 200
+    compress.run(toy, compress.RTN(bits=4, group_size=32), tmp_path / "b", no_eval=True)
+    a, b = (Checkpoint.open(tmp_path / x) for x in "ab")
+    assert len(a.files()) == 1
+    assert len(b.files()) == len(wanted.plan.blocks) + 1
+    assert {t.file for n, t in b.tensors.items() if ".layers.1." in n and "norm" not in n} == {b.files()[1]}
+    assert a.tensors.keys() == b.tensors.keys()
+    assert all(torch.equal(a.read(n), b.read(n)) for n in a.tensors)
+    assert all(f.stat().st_nlink == 1 for f in b.files())
+    loaded(tmp_path / "b")
 
 
 def test_next_block_sees_what_is_stored(toy: Path, text_file: Path, tmp_path: Path) -> None:

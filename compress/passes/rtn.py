@@ -19,7 +19,7 @@ from torch import Tensor
 from compress import grid
 from compress.errors import CompressError
 from compress.grid import Grid
-from compress.packed.uniform import UniformGrid, group_index
+from compress.packed.uniform import UniformGrid
 from compress.types import LayerStats, Needs, Solved, Storage
 
 
@@ -85,14 +85,20 @@ class RTN:
             grids = fit_tensor(target, self.bits, self.symmetric, scale_dtype, self.scale_search)
         else:
             grids = grid.fit(target, self.bits, size, self.symmetric, scale_dtype, self.scale_search)
-        groups = group_index(target.shape[1], size, target.device)
-        scale = grids.scale[:, groups]
-        k = grid.nearest(target, scale, grids.low[:, groups], grids.high[:, groups])
-        error = target - grid.value(k, scale, grids.dtype)
+        rows, columns = target.shape
+        codes = torch.empty(target.shape, dtype=torch.uint8, device=target.device)
+        errors = torch.empty(rows, device=target.device)
+        energies = torch.empty_like(errors)
+        for band in grid.bands(rows, columns, target.device):
+            part = grid.grouped(target[band], columns if size == -1 else size)
+            scale, zero, low, high = (x[band][..., None] for x in (grids.scale, grids.zero, grids.low, grids.high))
+            k = grid.nearest(part, scale, low, high)
+            errors[band] = (part - grid.value(k, scale, grids.dtype)).square_().sum((1, 2))
+            energies[band] = part.square().sum((1, 2))
+            codes[band] = k.add_(zero).flatten(1)[:, :columns].to(torch.uint8)
         zeros = None if self.symmetric else grids.zero.to(torch.uint8)
-        codes = (k + grids.zero[:, groups]).to(torch.uint8)
         packed = UniformGrid(codes, grids.scale.to(scale_dtype), zeros, self.bits, size)
-        return Solved(packed, error.square().sum(1), target.square().sum(1))
+        return Solved(packed, errors, energies)
 
 
 def fit_tensor(weight: Tensor, bits: int, symmetric: bool, dtype: torch.dtype, search: bool = False) -> Grid:
