@@ -156,6 +156,12 @@ def llm_int8(shape: Shape, setting: Setting, count: int = 8) -> OutlierColumns:
     return OutlierColumns(inner, columns, setting.normal(shape[0], count, std=setting.std))
 
 
+def w8a8(shape: Shape, setting: Setting) -> UniformGrid:
+    """8-bit weights with a float32 scale a row and 8-bit inputs with one a token."""
+    whole = integers(8, shape, setting, -1)
+    return replace(whole, codes=whole.codes.clamp(min=1), scales=whole.scales.float(), activations="token")
+
+
 _INTEGERS = "{} bits, groups of 128, a 16-bit scale each"
 _EIGHT = "compress.cuda.eight:EightBit"
 _VALUES, _GRID = "compress.cuda.cusparselt:PrunedValues", "compress.cuda.pruned:PrunedGrid"
@@ -185,6 +191,7 @@ CASES: dict[str, Case] = {
                 1e-3,
                 "int8",
             ),
+            Case("w8a8", "8-bit weights, 8-bit inputs", partial(of_kernel, _EIGHT, w8a8), 1e-3, "int8"),
         ),
         *_if_there(
             "compress.cuda.pruned",

@@ -305,7 +305,7 @@ def _no_cusparselt() -> str:
 PEERS: tuple[Peer, ...] = (
     Peer("cuBLAS 16-bit", (), dense, 1e-3),
     Peer("tinygemm", ("w4",), tinygemm, 1e-2),
-    Peer("torch._int_mm", ("int8",), int_mm, 1e-4, fewest=17),
+    Peer("torch._int_mm", ("int8", "w8a8"), int_mm, 1e-4, fewest=17),
     Peer("cuSPARSELt", ("sparse", "sparse-w4"), cusparselt, 1e-3, _no_cusparselt),
     Peer("bitsandbytes", ("nf4",), bnb_nf4, 2e-3, _no_bitsandbytes),
     Peer("bitsandbytes", ("int8",), bnb_int8, 5e-2, _no_bitsandbytes, eager=True),

@@ -18,6 +18,7 @@ from compress.solvers.masks import Choice
 #: each failed Cholesky multiplies the damp by this; it ends far above any Hessian's own diagonal
 _DAMP_STEP = 10.0
 _DAMP_LIMIT = 1e4
+_AT_ONCE = 8192  # columns of a product on a GPU: what is made of the matrix for it takes one and a half times its room
 _LEAST = 256  # triangular matrices of at most so many rows are inverted at once
 
 
@@ -163,11 +164,12 @@ def refit_scales(k: Tensor, target: Tensor, damped: Tensor, grids: Grid, size: i
     size = columns if size == -1 else size
     groups = -(-columns // size)
     error = target - k * grids.scale[:, group_index(columns, size, k.device)]
-    b = segment_sum((error @ damped) * k, size)  # [out, groups]
+    b = segment_sum(product(error, damped) * k, size)  # [out, groups]
     a = torch.empty(len(k), groups, groups, device=k.device)
     for g in range(groups):
         mine, rest = slice(g * size, min((g + 1) * size, columns)), slice(g * size, columns)
-        a[:, g, g:] = a[:, g:, g] = segment_sum((k[:, mine] @ damped[mine, rest]) * k[:, rest], size)  # symmetric
+        moves = product(k[:, mine], damped[mine, rest], whole=True)
+        a[:, g, g:] = a[:, g:, g] = segment_sum(moves.mul_(k[:, rest]), size)  # symmetric
     diagonal = a.diagonal(dim1=1, dim2=2)
     diagonal += 1e-5 * diagonal.mean(1, keepdim=True)
     step, info = torch.linalg.solve_ex(a, b)
@@ -195,12 +197,12 @@ def refit_kept(values: Tensor, kept: Tensor, target: Tensor, damped: Tensor, ste
     damped = damped / damped.diagonal().mean()  # so that neither products nor their inverses leave float32
     inverse = kept / damped.diagonal()
     v = values.clone()
-    r = ((target - v) @ damped) * kept
+    r = product(target - v, damped) * kept
     z = r * inverse
     p = z.clone()
     rz = (r * z).sum(1, keepdim=True)
     for _ in range(steps):
-        hp = (p @ damped) * kept
+        hp = product(p, damped) * kept
         curve = (p * hp).sum(1, keepdim=True)
         a = torch.where(curve > 0, rz / curve, 0.0)
         v += a * p
@@ -214,4 +216,35 @@ def refit_kept(values: Tensor, kept: Tensor, target: Tensor, damped: Tensor, ste
 
 def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
     """float32 [out]: e H e^T for each row e."""
-    return ((error @ hessian) * error).sum(1)
+    return product(error, hessian).mul_(error).sum(1)
+
+
+def product(x: Tensor, matrix: Tensor, whole: bool = False) -> Tensor:
+    """float32 [rows, n] @ [n, columns]; on a GPU by the tensor cores, where a product of two numbers is off by 2^-16.
+
+    Each number is the sum of two bfloat16 but for 2^-17 of it, and of their four products the least is left out (Henry et
+    al. 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", section 3).
+    Errors go either way, so that what is summed over a row is far better than that.
+
+    Args:
+        whole: x holds whole numbers up to 256, which are bfloat16 as they are.
+    """
+    if not x.is_cuda:
+        return x @ matrix
+    total: Tensor | None = None
+    for start in range(0, len(matrix), _AT_ONCE):
+        part = slice(start, start + _AT_ONCE)
+        found = torch.mm(*halves(x[:, part], matrix[part], whole), out_dtype=torch.float32)
+        total = found if total is None else total.add_(found)
+    assert total is not None
+    return total
+
+
+def halves(x: Tensor, matrix: Tensor, whole: bool) -> tuple[Tensor, Tensor]:
+    """bfloat16 matrices whose one product is the sum of the products that `product` describes."""
+    high = matrix.bfloat16()
+    low = (matrix - high).bfloat16()
+    first = x.bfloat16()
+    if whole:
+        return torch.cat((first, first), 1), torch.cat((high, low))
+    return torch.cat((first, first, (x - first).bfloat16()), 1), torch.cat((high, low, high))

@@ -55,3 +55,17 @@ def test_what_changed_or_is_gone_is_not_kept() -> None:
     del h
     gc.collect()
     assert not second_order._last
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_halves_make_a_product_of_nearly_float32(whole: bool) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(30, 200, generator=generator)
+    x = (40 * x).round() if whole else x * torch.logspace(-6, 6, 200)
+    matrix = torch.randn(200, 90, generator=generator) * torch.logspace(3, -3, 90)
+    left, right = second_order.halves(x, matrix, whole)
+    assert left.dtype == right.dtype == torch.bfloat16
+    assert len(right) == (400 if whole else 600)
+    exact, most = x.double() @ matrix.double(), x.double().abs() @ matrix.double().abs()
+    assert float(((left.double() @ right.double() - exact).abs() / most).max()) < 2.0**-16
+    assert torch.equal(second_order.product(x, matrix, whole), x @ matrix)
