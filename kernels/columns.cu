@@ -32,6 +32,17 @@ constexpr int SHARERS = 8, OWN = COLUMNS / SHARERS;  // lanes of a row; columns 
 // Where column OWN value `m` of a lane is in the block.
 DEVICE int column_of(int m, int sharer) { return m / 4 * 32 + sharer * 4 + m % 4; }
 
+// a / b, rounded once, from b's inverse rounded once (Markstein 1990, "Computation of Elementary Functions on the IBM RISC
+// System/6000 Processor", section 5): two steps in place of a division's dozen.
+DEVICE float quotient(float a, float b, float inverse) {
+    const float near = __fmul_rn(a, inverse);
+    return fmaf(fmaf(-near, b, a), inverse, near);
+}
+// x rounded to a whole number, half to even, from low to high, whole numbers below 2^22.
+DEVICE float nearest(float x, float low, float high) {
+    return __fadd_rn(__fadd_rn(fminf(fmaxf(x, low), high), 12582912.0f), -12582912.0f);  // 1.5 * 2^23
+}
+
 extern "C" __global__ void __launch_bounds__(THREADS)
     columns(const float* w, const float* factor, const float* diagonal, const float* scale, const float* zero,
             const u8* alive, const float* now, float* k, float* error, float* value, u8* kept, int rows, int count,
@@ -45,24 +56,57 @@ extern "C" __global__ void __launch_bounds__(THREADS)
     const int first_row = blockIdx.x * ROWS, own_row = warp * (32 / SHARERS) + lane / SHARERS;
     const int there = rows - first_row;  // rows, if less than ROWS
 
-    for (int i = threadIdx.x; i < COLUMNS * COLUMNS; i += THREADS) {
-        const int r = i / COLUMNS, c = i % COLUMNS;
-        moves[i] = r < c && c < count ? factor[(u64)r * stride + c] : 0.0f;
+    const bool fours = stride % 4 == 0 && (u64)factor % 16 == 0;
+#pragma unroll 8
+    for (int i = threadIdx.x; i < COLUMNS * COLUMNS / 4; i += THREADS) {
+        const int r = i / (COLUMNS / 4), c = i % (COLUMNS / 4) * 4;
+        const float* from = factor + (u64)r * stride + c;
+        float4 v = make_float4(0, 0, 0, 0);
+        if (fours && r < c + 3 && c + 4 <= count) {
+            v = *(const float4*)from;
+        } else if (r < count) {
+            v.x = c < count ? from[0] : 0, v.y = c + 1 < count ? from[1] : 0;
+            v.z = c + 2 < count ? from[2] : 0, v.w = c + 3 < count ? from[3] : 0;
+        }
+        *(float4*)(moves + 4 * i) = make_float4(r < c ? v.x : 0, r < c + 1 ? v.y : 0, r < c + 2 ? v.z : 0, r < c + 3 ? v.w : 0);
     }
-    // Each lane's part of a matrix, by way of shared memory; `otherwise` outside of it.
-    auto read = [&](const float* from, float* to, float otherwise) {
-        __syncthreads();
-#pragma unroll 4
-        for (int c = warp; c < COLUMNS; c += THREADS / 32)
-            first[c * PITCH + lane] =
-                c < count && lane < there ? from[(u64)c * rows + first_row + lane] : otherwise;
-        __syncthreads();
+    // Each lane's part of a matrix or of two, by way of shared memory; `otherwise` outside of it.
+    constexpr int LOADS = COLUMNS / (THREADS / 32);
+    auto ask = [&](const float* from, float* part, float otherwise) {
 #pragma unroll
-        for (int m = 0; m < OWN; m++) to[m] = first[column_of(m, sharer) * PITCH + own_row];
+        for (int j = 0; j < LOADS; j++) {
+            const int c = warp + j * (THREADS / 32);
+            part[j] = c < count && lane < there ? from[(u64)c * rows + first_row + lane] : otherwise;
+        }
     };
-    float v[OWN], s[OWN], z[OWN], base[OWN], weigh[OWN];
-    read(w, v, 0.0f);
-    if (LEVELS > 0) read(scale, s, 1.0f);
+    auto put = [&](const float* part, float* to) {
+#pragma unroll
+        for (int j = 0; j < LOADS; j++) to[(warp + j * (THREADS / 32)) * PITCH + lane] = part[j];
+    };
+    auto take = [&](const float* from, float* own) {
+#pragma unroll
+        for (int m = 0; m < OWN; m++) own[m] = from[column_of(m, sharer) * PITCH + own_row];
+    };
+    auto read = [&](const float* one, float* own, float otherwise, const float* other = nullptr, float* others = nullptr) {
+        float part[2][LOADS];
+        ask(one, part[0], otherwise);
+        if (other) ask(other, part[1], 1.0f);
+        __syncthreads();
+        put(part[0], first);
+        if (other) put(part[1], second);
+        __syncthreads();
+        take(first, own);
+        if (other) take(second, others);
+    };
+    // inverse: 1 / s to the last place, with which a quotient comes out as by division (see `quotient`)
+    float v[OWN], s[OWN], z[OWN], base[OWN], weigh[OWN], inverse[OWN];
+    if (LEVELS > 0) {
+        read(w, v, 0.0f, scale, s);
+#pragma unroll
+        for (int m = 0; m < OWN; m++) inverse[m] = __frcp_rn(s[m]);
+    } else {
+        read(w, v, 0.0f);
+    }
     if (ZERO) read(zero, z, 0.0f);
     if (DESCEND) read(now, base, 0.0f);
     u32 live = ~0u;  // bit m: own weight m may differ from 0 (LEVELS 2: is an outlier)
@@ -122,10 +166,10 @@ extern "C" __global__ void __launch_bounds__(THREADS)
                     level = becomes = on ? Rounded<T>::round(wish) : 0.0f;
                 } else if (LEVELS == 1) {
                     const float lowest = ZERO ? -z[m] : low, highest = ZERO ? high - z[m] : high;
-                    level = on ? fminf(fmaxf(rintf(wish / s[m]), lowest), highest) : 0.0f;
+                    level = on ? nearest(quotient(wish, s[m], inverse[m]), lowest, highest) : 0.0f;
                     becomes = Rounded<T>::round(__fmul_rn(level, s[m]));
                 } else {
-                    level = fminf(fmaxf(rintf(__fadd_rn(wish / s[m], z[m])), 0.0f), high);
+                    level = nearest(__fadd_rn(quotient(wish, s[m], inverse[m]), z[m]), 0.0f, high);
                     becomes = Rounded<T>::round(on ? wish : __fmul_rn(level - z[m], s[m]));
                 }
                 const float off = DESCEND ? becomes - before : (before - becomes) * weigh[m];

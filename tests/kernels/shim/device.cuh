@@ -220,6 +220,7 @@ Value atomicAdd(Value* p, std::common_type_t<Value> value) {  // the place decid
 }
 DEVICE float __fmul_rn(float a, float b) { return a * b; }  // g++ is told to contract nothing
 DEVICE float __fadd_rn(float a, float b) { return a + b; }
+DEVICE float __frcp_rn(float a) { return 1.0f / a; }
 extern "C" {
 float fmaf(float, float, float) noexcept;
 float roundf(float) noexcept;
