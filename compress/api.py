@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ import torch
 from torch import Tensor
 
 from compress.assets import folder
-from compress.calibration import EvalText, Rows, calibration_rows, evaluation_tokens
+from compress.calibration import EvalText, Rows, calibration_rows
 from compress.checkpoint import Checkpoint
 from compress.clients import pick
 from compress.errors import CompressError
 from compress.evaluate.perplexity import Score, cut_windows, evaluate
+from compress.evaluate.states import Cache
+from compress.evaluate.suite import Asked, Subject, check_comparable, common_window, evaluate_all
+from compress.evaluate.texts import Text, read_text
 from compress.formats import FORMATS
 from compress.gguf import files as gguf_files
 from compress.hub import check_push
-from compress.job import Job, Progress, Result, Status
+from compress.job import Clock, Job, Progress, Result, Status
 from compress.journal import check_output
 from compress.options import Options
 from compress.pipeline import compress_checkpoint, default_dtype, open_dense
@@ -30,6 +33,7 @@ from compress.plan import check_room
 from compress.recipe import Recipe
 from compress.skeleton import load_config, quiet_transformers
 from compress.types import Pass, Transform
+from compress.weights import Weights
 
 BUNDLED = "bundled"
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -134,7 +138,7 @@ def _texts(
     rows = calibration(source, tokenizer, options, device, longest) if calibrated else None
     if options.no_eval:
         return rows, None
-    text = evaluation(tokenizer, options.eval)
+    text = evaluation(tokenizer, options.eval, min(2048, longest or 2048))
     cut_windows(text.tokens, min(2048, longest or 2048))  # a text that is too short says so now, not after the work
     return rows, text
 
@@ -274,9 +278,9 @@ def self_text(
     return generate
 
 
-def evaluation(tokenizer: Any, source: str) -> EvalText:
-    """The evaluation text that the options ask for."""
-    return evaluation_tokens(source, tokenizer)
+def evaluation(tokenizer: Any, source: str, window: int) -> Text:
+    """The evaluation text that the options ask for. `window`: tokens that are scored at once."""
+    return read_text(source, tokenizer, window)
 
 
 def score(
@@ -298,29 +302,97 @@ def score(
     Raises:
         CompressError: anything a user can mend.
     """
-    from compress.weights import Weights
+    place = find_device(device)
+    subject = _subject(str(model), dtype, place, trust_remote_code)
+    base = None if against is None else _subject(str(against), dtype, place, trust_remote_code)
+    length, _ = common_window([subject, *([base] if base else [])], window)
+    if base is not None:
+        check_comparable(subject, base)
+    used = evaluation(subject.tokenizer, text, length)
+    report = progress or (lambda status: None)
+    found, original = evaluate(
+        subject.weights,
+        used.tokens,
+        place,
+        (base or subject).dtype,
+        None if base is None else base.weights,
+        length,
+        trust_remote_code,
+        lambda done, total: report(Status("evaluate", done, total)),
+        sizes=used.sizes,
+    )
+    return found, original, used
 
-    place, precision = find_device(device), find_dtype(dtype)
-    source = find_model(str(model))
+
+def evaluate_models(
+    models: Sequence[str | Path],
+    texts: Sequence[str] = ("wikitext2",),
+    *,
+    against: str | Path | None = None,
+    window: int | None = None,
+    stride: int | None = None,
+    windows: int | None = None,
+    layers: bool = False,
+    tasks: Sequence[str] = (),
+    device: str | None = None,
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    low_memory: bool = False,
+    cache_gb: float = 0.0,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Several models against one original, all of whose states are made once; what `compress eval` prints as JSON.
+
+    Args:
+        texts: protocols' names, files, folders or hub data sets.
+        window, stride: tokens a window, and from one to the next; None for 2048 (or the context), side by side.
+        windows: only the first so many of each text.
+        layers: tell each layer's relative output error on the first text.
+        tasks: names of lm-eval's tasks, or YAML files for it.
+        dtype: "auto" for the original's own on a GPU and float32 on a CPU.
+        cache_gb: keep so many GB of originals' states for later runs; 0 keeps none.
+
+    Returns:
+        schema 1 of compress/report/evaluation.py.
+
+    Raises:
+        CompressError: anything a user can mend.
+    """
+    from compress.report import evaluation as reporting
+    from compress.smollm2 import cache_folder
+
+    place = find_device(device)
+    find_dtype(dtype)
+    if cache_gb < 0:
+        raise CompressError(f"{cache_gb:g} GB are too few", "--cache", "use 0 for none, or more")
+    base = None if against is None else _subject(str(against), dtype, place, trust_remote_code)
+    subjects = [_subject(str(model), dtype, place, trust_remote_code, base) for model in models]
+    asked = Asked(
+        tuple(texts), window, stride, windows, layers, tuple(tasks), place, trust_remote_code, low_memory,
+        Cache(cache_folder() / "states", int(cache_gb * 1e9)) if cache_gb else None,
+    )  # fmt: skip
+    report, clock = progress or (lambda status: None), Clock(device=place)
+    found = evaluate_all(subjects, base, asked, lambda done, total: report(Status("evaluate", done, total)), clock)
+    return reporting.whole(found, clock.seconds, None if place.type == "cpu" else place.index or 0)
+
+
+def _subject(
+    model: str, dtype: str, device: torch.device, trust_remote_code: bool, base: Subject | None = None
+) -> Subject:
+    """A model to evaluate, in the dtype of the original that it is compared with. Raises CompressError."""
+    precision = find_dtype(dtype)
+    source = find_model(model)
     weights = Weights(Checkpoint.open(source))
-    original = None if against is None else Weights(Checkpoint.open(find_model(str(against))))
-    longest = context_length(source, trust_remote_code)
-    if window is not None and not 2 <= window <= (longest or window):
-        what = f"{window} tokens a window are out of range"
-        raise CompressError(what, "--window", f"use 2 to {longest or 'the context length'}")
-    tokens = evaluation(load_tokenizer(source, trust_remote_code), text)
     some = next((n for n in weights.shapes_cache() if n.endswith(".weight")), "")
     if not some:
         raise CompressError("0 tensors are named *.weight", str(source), "pass a causal language model")
-    report = progress or (lambda status: None)
-    found, base = evaluate(
+    config = load_config(source, trust_remote_code).get_text_config()
+    return Subject(
+        model,
+        source,
         weights,
-        tokens.tokens,
-        place,
-        precision or default_dtype(weights.dtype(some), place),
-        original,
-        window,
-        trust_remote_code,
-        lambda done, total: report(Status("evaluate", done, total)),
+        load_tokenizer(source, trust_remote_code),
+        context_length(source, trust_remote_code),
+        int(config.vocab_size),
+        precision or (default_dtype(weights.dtype(some), device) if base is None else base.dtype),
     )
-    return found, base, tokens

@@ -33,12 +33,14 @@ if TYPE_CHECKING:
     from compress.types import Pass, Transform
 
 _OTHER = {
+    "auto": "mixed precision: bits and groups for each layer, so that the model stays nearest at a given size",
     "run": "the steps of a recipe (YAML): mixed bits, prune then quantise, rescale then quantise",
     "methods": "every method: its paper, and which formats can hold its result",
     "eval": "perplexity and distance from the original of any checkpoints, dense or packed, and tasks",
     "inspect": "what a checkpoint holds, layer by layer: kind, bits, groups, bytes",
     "verify": "check a checkpoint: files, layers, parameters, and what its client makes of it",
     "export": "move a packed checkpoint to another format without rounding again",
+    "report": "one page of one run or several: plots, tables, warnings, commands; HTML, JSON and Markdown",
     "doctor": "what this machine has: GPUs, kernels and why not, optional packages, free memory and disk",
     "bench": "speed on this GPU: kernels and solvers beside others', tokens a second, whole runs",
     "demo": "the whole job on a small model that comes with the package: no hub, no GPU, a minute",
@@ -84,10 +86,12 @@ def _build(name: str) -> Any:
         "inspect": commands.inspect_command,
         "verify": commands.verify_command,
         "export": commands.export_command,
+        "report": commands.report_command,
         "doctor": commands.doctor_command,
         "demo": demo_command,
         "methods": methods_command,
         "run": run_command(),
+        "auto": auto_command(),
     }
     function = functions.get(name) or pass_command(name)
     small.command(name=name, help=inspect.getdoc(function))(function)
@@ -215,6 +219,21 @@ def run_command() -> Callable[..., None]:
         [first, _MODEL, *_parameters(Options), show, *_SWITCHES],
         "The steps of a recipe in order. Options given here go before the recipe's own.",
     )
+
+
+def auto_command() -> Callable[..., None]:
+    """The function behind `compress auto MODEL`, its signature made from Ask and from Options."""
+    from compress.auto.asked import Ask
+
+    def command(model: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+        ask, options = Ask(**_take(Ask, given)), Options(**_take(Options, given))
+        commands.auto_command(model, ask, options, dry_run, as_json, quiet)
+
+    text = "Mixed precision: bits and group size for each layer, so that the model stays nearest at a given size."
+    more = (
+        "With --dry-run it measures and chooses, and writes no checkpoint; what it measured is kept for other budgets."
+    )
+    return _dressed(command, [_MODEL, *_parameters(Ask), *_parameters(Options), *_SWITCHES], f"{text}\n\n{more}")
 
 
 def _dressed(

@@ -27,6 +27,8 @@ CLIENTS = {
 }
 #: what --format auto tries, in this order
 _TRIED = ("compressed-tensors", "gptq", "gptq_v2", "bitsandbytes", "gguf")
+#: clients that run some layers as one
+SERVERS = ("vllm", "sglang")
 #: layers that a server runs as one, so that their parts must be stored alike
 _FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
@@ -105,8 +107,17 @@ def refuse(client: str, format: str, layers: Sequence[Held]) -> None:
     if format in _GPTQ and client == "transformers" and len({x.storage for x in layers}) > 1:
         what = "transformers reads one setting for all layers from GPTQ files"
         raise CompressError(what, f"--target {client}", "use --format compressed-tensors")
-    if client in ("vllm", "sglang"):
+    if client in SERVERS:
         _fused_alike(client, layers)
+
+
+def tied(client: str | None, names: Sequence[str]) -> list[list[str]]:
+    """Of `names`, the layers that a client runs as one and wants stored alike; none for one that does not."""
+    known, found = set(names), []
+    for stem in dict.fromkeys(name.rpartition(".")[0] for name in names) if client in SERVERS else ():
+        whole = [[f"{stem}.{part}" for part in parts if f"{stem}.{part}" in known] for parts in _FUSED]
+        found += [one for one in whole if len(one) > 1]
+    return found
 
 
 def _fused_alike(client: str, layers: Sequence[Held]) -> None:

@@ -6,15 +6,24 @@ import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
+
+if TYPE_CHECKING:
+    from compress.auto.asked import Ask
+    from compress.options import Options
 
 _Model = Annotated[str, typer.Argument(help="model folder, hub id, or 'bundled'")]
 _Json = Annotated[bool, typer.Option("--json", help="print one JSON object")]
 _Quiet = Annotated[bool, typer.Option(help="no progress line")]
 _Code = Annotated[bool, typer.Option(help="run model code that comes with the checkpoint")]
 _Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1; default: cuda if there is one")]  # noqa: UP045
+
+_Out = Annotated[
+    Optional[Path],  # noqa: UP045
+    typer.Option("-o", "--out", help="write OUT.json and OUT.md"),
+]
 
 
 def hidden(quiet: bool, as_json: bool) -> bool:
@@ -23,39 +32,69 @@ def hidden(quiet: bool, as_json: bool) -> bool:
 
 
 def eval_command(
-    model: _Model,
+    models: Annotated[list[str], typer.Argument(help="model folders, hub ids, or 'bundled'", metavar="MODEL...")],
     text: Annotated[
-        str, typer.Option(help="recipe (wikitext2, c4, ptb, bundled), file, folder or hub data set")
-    ] = "wikitext2",
-    against: Annotated[Optional[str], typer.Option(help="the original: adds KL divergence and top-1 agreement")] = None,  # noqa: UP045
+        list[str],
+        typer.Option(
+            help="wikitext2, c4-new (c4), c4-old, ptb-new (ptb), ptb-old, bundled, a file, folder or hub data set; "
+            "may be given several times"
+        ),
+    ] = ["wikitext2"],  # noqa: B006
+    against: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="the original: adds KL divergence, its quantiles, top-1 agreement and flips"),
+    ] = None,
     window: Annotated[
         int | None, typer.Option(help="tokens a window; default: 2048, or the context if shorter")
     ] = None,
+    stride: Annotated[
+        int | None, typer.Option(help="a window every so many tokens, each predicting those that are new to it")
+    ] = None,
+    windows: Annotated[int | None, typer.Option(help="only the first so many windows of each text")] = None,
+    layers: Annotated[
+        bool, typer.Option("--layers", help="each layer's relative output error, and each block's; needs --against")
+    ] = False,
+    tasks: Annotated[
+        str, typer.Option(help="hellaswag,arc_easy,...: tasks of lm-eval, or YAML files for it (extra: eval)")
+    ] = "",
+    cache: Annotated[float, typer.Option(help="GB for the original's states, kept for later runs; 0 keeps none")] = 0.0,
     device: _Device = None,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16")] = "auto",
+    low_memory: Annotated[
+        bool, typer.Option("--low-memory", help="keep nothing on the device that can be elsewhere")
+    ] = False,
     trust_remote_code: _Code = False,
+    out: _Out = None,
     as_json: _Json = False,
     quiet: _Quiet = False,
 ) -> None:
-    """Perplexity of any checkpoint by the GPTQ papers' protocol, streamed block by block."""
+    """Perplexity, bits per byte and distance from the original of any checkpoints, streamed block by block.
+
+    Several models cost one pass over the original. Perplexity is by the GPTQ papers' protocol unless --stride is given.
+    """
     from compress import api
-    from compress.report import screen
+    from compress.report import evaluation, screen
 
     with screen.progress_line(hidden(quiet, as_json)) as progress:
-        score, base, used = api.score(
-            model,
+        report = api.evaluate_models(
+            models,
             text,
             against=against,
             window=window,
+            stride=stride,
+            windows=windows,
+            layers=layers,
+            tasks=[name for name in tasks.split(",") if name],
             device=device,
             dtype=dtype,
             trust_remote_code=trust_remote_code,
+            low_memory=low_memory,
+            cache_gb=cache,
             progress=progress,
         )
-    if as_json:
-        print(json.dumps(screen.score_json(score, base, used), indent=2))
-    else:
-        screen.print_scores(model, score, base, used)
+    print(json.dumps(report, indent=2)) if as_json else evaluation.print_report(report)
+    if out is not None:
+        print(f"written: {', '.join(map(str, evaluation.write(out, report)))}", file=sys.stderr)
 
 
 def inspect_command(model: _Model, as_json: _Json = False) -> None:
@@ -147,6 +186,68 @@ def export_command(
     print(json.dumps(done.as_json(), indent=2)) if as_json else files.print_export(done)
 
 
+def report_command(
+    folders: Annotated[
+        list[Path], typer.Argument(help="folders that compress wrote; files of `compress eval` that end in .json")
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="the page; OUT.json and OUT.md are written beside it")
+    ] = Path("report.html"),
+    evaluated: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option("--eval", help="a file of `compress eval`: figures with intervals (repeatable)"),
+    ] = None,
+    against: Annotated[
+        Optional[list[Path]],  # noqa: UP045
+        typer.Option(help="the original's folder, where the record's own name does not lead to it (repeatable)"),
+    ] = None,
+    as_json: _Json = False,
+    quiet: _Quiet = False,
+) -> None:
+    """One HTML page that needs nothing else, of one run or several compared; the same facts as JSON and Markdown."""
+    import shlex
+
+    from compress.job import Status
+    from compress.report import html, screen
+
+    command = shlex.join(["compress", *sys.argv[1:]])
+    with screen.progress_line(hidden(quiet, as_json)) as progress:
+        files = html.write(
+            folders,
+            out,
+            evaluated or (),
+            against or (),
+            command,
+            lambda done, total: progress(Status("read", done, total)),
+        )
+    if as_json:
+        print(files[1].read_text(encoding="utf-8"), end="")
+    else:
+        print(f"written: {', '.join(map(str, files))}")
+
+
+def auto_command(model: str, ask: Ask, options: Options, dry_run: bool, as_json: bool, quiet: bool) -> None:
+    """What `compress auto` does with its settings (cli.py makes its signature from them)."""
+    from compress.auto import run, words
+    from compress.bench import tables
+    from compress.errors import Interrupted
+    from compress.report import screen
+
+    try:
+        with screen.progress_line(hidden(quiet, as_json)) as progress:
+            outcome = run.auto(model, ask, options, dry_run, progress)
+    except KeyboardInterrupt:
+        remedy = "give the same command again to go on"
+        raise Interrupted("stopped; blocks that were measured or written are kept", "", remedy) from None
+    if as_json:
+        print(json.dumps(words.as_json(outcome), indent=2))
+        return
+    tables.show(words.tables(outcome), words.notes(outcome) if dry_run else [])
+    if outcome.result is not None:
+        screen.print_result(outcome.result)
+    print(f"measurements are kept in {outcome.measured}")
+
+
 def doctor_command(as_json: _Json = False) -> None:
     """What this machine has: versions, GPUs, which kernels are used and if not why, optional packages, free space."""
     from compress.doctor import examine
@@ -156,10 +257,6 @@ def doctor_command(as_json: _Json = False) -> None:
     print(json.dumps(found, indent=2)) if as_json else machine.print_machine(found)
 
 
-_Out = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("-o", "--out", help="write OUT.json and OUT.md"),
-]
 _Gpu = Annotated[str, typer.Option(help="cuda, cuda:1")]
 _Half = Annotated[str, typer.Option(help="float16 or bfloat16")]
 

@@ -24,7 +24,7 @@ OPTIONAL = {
     "bitsandbytes": ("transformers loads bitsandbytes output", "bitsandbytes"),
     "gptqmodel": ("transformers loads gptq output", "gptqmodel"),
     "optimum": ("transformers loads gptq output", "optimum"),
-    "lm-eval": ("task accuracy of what transformers loads", "lm-eval"),
+    "lm-eval": ("task accuracy: compress eval --tasks", "compress-llm[eval]"),
 }
 _CUPY = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
 _NVRTC = ("nvidia-cuda-nvrtc", "nvidia-cuda-nvrtc-cu12")

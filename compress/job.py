@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -18,6 +18,7 @@ from compress.calibration import EvalText, Rows
 from compress.evaluate.perplexity import Score
 from compress.plan import Plan
 from compress.recipe import Recipe
+from compress.stats import Shared
 from compress.verify import Proof
 
 _CPU = torch.device("cpu")
@@ -48,6 +49,9 @@ class Job:
         origin: what the user called the model (a hub id), for the records.
         push_to: the hub repository that the finished folder is uploaded to.
         push_public: a repository that does not exist yet is made public.
+        notes: what the report is to say beside what the run itself finds: how the recipe came about.
+        files: further text files of the output folder, by name.
+        shared: what runs on the same rows, model, device and dtype need not find out each for itself.
     """
 
     source: Path
@@ -76,6 +80,9 @@ class Job:
     trust_remote_code: bool = False
     push_to: str | None = None
     push_public: bool = False
+    notes: Sequence[str] = ()
+    files: Mapping[str, str] = field(default_factory=dict)
+    shared: Shared | None = None
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,10 @@ from compress import plan as planning
 from compress.ahead import Begun, Here, Lane, Outbox, lane_to
 from compress.asking import ask
 from compress.blocks import BlockModel
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, write_text
 from compress.errors import CompressError
 from compress.evaluate.perplexity import evaluate
+from compress.evaluate.texts import sizes_of
 from compress.formats import FORMATS
 from compress.hidden import Activations, batch_rows, row_bytes
 from compress.hub import push
@@ -132,12 +133,15 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
                     original=weights,
                     trust_remote_code=job.trust_remote_code,
                     low_memory=job.low_memory,
+                    sizes=sizes_of(job.text),
                     step=lambda d, t: progress(Status("evaluate", d, t, plan.layers, plan.layers)),
                 )
         result = Result(
-            job, plan, records, proof, score, original, clock.seconds, done, model.dtype, notes, tuple(changed),
-            clock.seconds_beside, room,
+            job, plan, records, proof, score, original, clock.seconds, done, model.dtype, [*job.notes, *notes],
+            tuple(changed), clock.seconds_beside, room,
         )  # fmt: skip
+        for name, content in job.files.items():
+            write_text(journal.final / name, content)
         finish(result, journal.final)
         journal.publish()
     if job.push_to is not None:
@@ -180,7 +184,9 @@ def compress_blocks(
                 if block < done:
                     restore(model, journal, plan, block, flow)
                 else:
-                    made = compress_block(model, plan, block, flow, survey, job.true_sequential, clock, outbox)
+                    made = compress_block(
+                        model, plan, block, flow, survey, job.true_sequential, clock, outbox, job.shared
+                    )
                     if flow is not None:
                         made.rows = flow.rows
                         made.notes += flow.told()

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -90,13 +91,18 @@ def compress_block(
     true_sequential: bool,
     clock: Clock,
     outbox: Outbox,
+    shared: stats.Shared | None = None,
 ) -> Block:
-    """Compress every chosen layer of a loaded block, in place; what is to be stored goes to the host by `outbox`."""
+    """Compress every chosen layer of a loaded block, in place; what is to be stored goes to the host by `outbox`.
+
+    Args:
+        shared: what other runs on the same rows found out about the first block, or will be given.
+    """
     linears = plan.blocks[block]
     done = Block()
     if not linears:
         return done
-    inputs = _inputs(model, plan, block, linears, flow, clock)
+    inputs = _inputs(model, plan, block, linears, flow, clock, shared if block == 0 else None)
     folds = Folds()
     if plan.recipe.transforms and block < len(model.block_names):
         with clock("fold"):
@@ -121,14 +127,21 @@ def compress_block(
 
 
 def _inputs(
-    model: BlockModel, plan: Plan, block: int, linears: Sequence[Linear], flow: Activations | None, clock: Clock
+    model: BlockModel,
+    plan: Plan,
+    block: int,
+    linears: Sequence[Linear],
+    flow: Activations | None,
+    clock: Clock,
+    shared: stats.Shared | None = None,
 ) -> list[stats.Inputs]:
     """The layers by common input, with statistics where a step needs them."""
     watched = [x for x in linears if plan.recipe.transforms or any(p.needs for p in plan.choice[x.name])]
     found: list[stats.Inputs] = []
     if flow is not None and watched:
+        collect = partial(stats.collect, model, block, watched, flow, plan.needs, clock)
         with clock("forward"):
-            found = stats.collect(model, block, watched, flow, plan.needs, clock)
+            found = collect() if shared is None else shared.get(plan.needs, watched, collect)
     known = {x.name for group in found for x in group.linears}
     return found + [stats.Inputs([x], LayerStats(0)) for x in linears if x.name not in known]
 

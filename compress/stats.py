@@ -155,6 +155,22 @@ def collect(
     return [Inputs(s.linears, found) for s, (found, _) in zip(sums, means, strict=True)]
 
 
+class Shared:
+    """Statistics that runs on the same rows and the same model would all find alike: those of the first block's inputs,
+    before anything is compressed. The first run fills it, the others are given what it found."""
+
+    def __init__(self) -> None:
+        self._found: dict[tuple[Needs, tuple[str, ...]], list[Inputs]] = {}
+
+    def get(self, needs: Needs, linears: Collection[Linear], make: Callable[[], list[Inputs]]) -> list[Inputs]:
+        """What was found for these layers and needs, or what `make` finds now."""
+        key = needs, tuple(linear.name for linear in linears)
+        if key not in self._found:
+            self._found[key] = make()
+        mine = {linear.name: linear for linear in linears}
+        return [Inputs([mine[x.name] for x in group.linears], group.stats) for group in self._found[key]]
+
+
 def _added_up(
     model: BlockModel, block: int, linears: Collection[Linear], activations: Activations, needs: Needs, clock: Timed
 ) -> list[_Sum]:

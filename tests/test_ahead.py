@@ -6,10 +6,12 @@ reads one before that reads garbage.
 
 from __future__ import annotations
 
+import os
 import shutil
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor as Thread
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import compress
 from compress import hidden, passes, pipeline, stats
-from compress.ahead import Here, Outbox, Reader
-from compress.blocks import BlockModel
+from compress.ahead import Begun, Here, Outbox, Reader, in_order
+from compress.blocks import BlockModel, all_finite
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
-from compress.evaluate import perplexity
+from compress.evaluate import states
 from compress.types import Needs
 from compress.weights import Weights
 
@@ -315,10 +317,10 @@ def test_nothing_is_used_before_it_is_there(
     text = tmp_path / "short.txt"
     text.write_text(text_file.read_text()[:4000])
     more = SMALL | {"calib": str(text_file), "no_eval": False, "eval": str(text)}
-    for module in (pipeline, perplexity):
+    for module in (pipeline, states):
         monkeypatch.setattr(module, "batch_rows", lambda *given: 3)
     compress.run(toy, METHODS[method], tmp_path / "a" / "out", **more)
-    for module in (pipeline, hidden, perplexity):
+    for module in (pipeline, hidden, states):
         monkeypatch.setattr(module, "lane_to", lambda device: Late())
     monkeypatch.setattr(hidden, "choose_tier", lambda *given: tier)
     compress.run(toy, METHODS[method], tmp_path / "b" / "out", **more)
@@ -406,3 +408,51 @@ def test_the_device_is_asked_once_for_many_tensors(toy: Path, tmp_path: Path) ->
         stats.collect(model, 0, model.linears(0), flow, Needs(hessian=True, ranges=True))
     # a list of flags is read whole, which is none of these looks at one value
     assert (load.count, forward.count, statistics.count) == (0, 1, 0)
+
+
+def test_in_order_works_at_once_and_answers_in_order() -> None:
+    """Each waits for one that comes later; the third raises when its turn comes, and no more are begun than fit."""
+    gone = [threading.Event() for _ in range(6)]
+    begun: list[int] = []
+
+    def work(i: int) -> int:
+        begun.append(i)
+        gone[i].set()
+        assert gone[i + 1 - 2 * (i % 2)].wait(LONG)
+        if i == 3:
+            raise ValueError("the third")
+        return 10 * i
+
+    before = torch.get_num_threads()
+    found = in_order(work, range(6))
+    if (os.cpu_count() or 1) > 1:
+        assert [next(found) for _ in range(3)] == [0, 10, 20]
+        with pytest.raises(ValueError, match="the third"):
+            next(found)
+    found.close()
+    assert list(in_order(lambda i: i, range(20), each=1 << 60)) == list(range(20))
+    assert torch.get_num_threads() == before
+    with Thread() as there:
+        assert there.submit(torch.get_num_threads).result() == before
+
+
+def test_what_is_begun_stops_with_its_context() -> None:
+    with Begun(lambda stop: stop.wait(LONG)) as begun, pytest.raises(KeyError):
+        raise KeyError
+    with Begun(lambda stop: stop.wait(LONG)) as begun:
+        pass
+    assert begun.result() is True
+    with Begun(lambda stop: 5) as quick:
+        assert quick.result() == 5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float8_e4m3fn])
+def test_all_finite(dtype: torch.dtype) -> None:
+    x = torch.linspace(-3, 3, 1001).to(dtype)
+    assert all_finite(x)
+    assert all_finite(x[:0])
+    for bad in (float("nan"), float("inf"), float("-inf")) if dtype.itemsize > 1 else (float("nan"),):
+        for place in (0, 500, 1000):
+            y = x.clone()
+            y[place] = bad
+            assert not all_finite(y)

@@ -370,7 +370,9 @@ def test_what_is_not_there_is_refused(tmp_path, tokenizer, calib):
     for missing in ("data/gone.txt", "./gone", str(tmp_path / "gone")):
         with refused(missing, "no such file or folder"):
             calibration_rows(missing, tokenizer)
-    with refused("wikitext3", "neither a recipe", "bundled, c4, pile, ptb, wikitext2, self"):
+    with refused(
+        "wikitext3", "neither a recipe", "bundled, c4, c4-new, c4-old, pile, ptb, ptb-new, ptb-old, wikitext2, self"
+    ):
         calibration_rows("wikitext3", tokenizer)
     with refused("no column body", "the columns are text"):
         calibration_rows("bundled", tokenizer, column="body")

@@ -207,9 +207,11 @@ def test_json_is_all_there_is_on_stdout(line: Line) -> None:
     assert result["evaluation"]["compressed"]["perplexity"] > 1
     out, err = line("eval", "out", "--text", line.short, "--against", line.toy, "--device", "cpu", "--json")
     assert not err
-    again = json.loads(out)
-    assert again["model"]["perplexity"] == pytest.approx(result["evaluation"]["compressed"]["perplexity"], rel=1e-6)
-    assert again["model"]["kl"] == pytest.approx(result["evaluation"]["compressed"]["kl"], rel=1e-4)
+    again = json.loads(out)["models"][0]["texts"][0]
+    told = result["evaluation"]["compressed"]
+    assert again["perplexity"]["value"] == pytest.approx(told["perplexity"], rel=1e-6)
+    assert again["kl"]["mean"]["value"] == pytest.approx(told["kl"], rel=1e-4)
+    assert again["kl"]["p99"] == pytest.approx(told["kl_p99"], rel=1e-3)
 
 
 def test_tables(line: Line) -> None:

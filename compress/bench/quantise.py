@@ -165,7 +165,7 @@ def _model(plan: Plan, sizes: Sizes, source: Path, size: int, told: Told) -> lis
 
 
 def _shares(phases: dict[str, float]) -> str:
-    """"solve 12.1, forward 8.3", the longest first."""
+    """ "solve 12.1, forward 8.3", the longest first."""
     return ", ".join(f"{part} {took:.1f}" for part, took in sorted(phases.items(), key=lambda x: -x[1]) if took >= 0.05)
 
 

@@ -18,15 +18,12 @@ from compress.report import (
     notes,
     peak_device_bytes,
     peak_host_bytes,
-    score_values,
     stored_bits,
     timings,
     words,
 )
 
 if TYPE_CHECKING:
-    from compress.calibration import EvalText
-    from compress.evaluate.perplexity import Score
     from compress.job import Job, Result, Status
     from compress.job import Progress as Report
     from compress.verify import Proof
@@ -205,34 +202,3 @@ def proof_lines(proof: Proof | None) -> list[str]:
         f"for byte, {proof.parameters} parameters filled"
     )
     return [first, *proof.clients]
-
-
-def score_json(score: Score, base: Score | None, text: EvalText) -> dict[str, Any]:
-    """Scores as plain values."""
-    return {
-        "text": text.source,
-        "protocol": text.protocol,
-        "bos": text.bos,
-        "model": score_values(score),
-        "original": None if base is None else score_values(base),
-    }
-
-
-def print_scores(model: str, score: Score, base: Score | None, text: EvalText) -> None:
-    """Scores as a table, with the protocol beside them."""
-    table = Table(title=model)
-    for heading in ("", "perplexity", "KL, nats a token", "same top token"):
-        table.add_column(heading, justify="left" if not heading else "right")
-    kl = "" if score.kl is None else f"{score.kl:.5f}"
-    top1 = "" if score.top1 is None else f"{100 * score.top1:.2f}%"
-    table.add_row("model", f"{score.perplexity:.4f}", kl, top1)
-    if base is not None:
-        table.add_row("original", f"{base.perplexity:.4f}", "0", "100%")
-    console = Console()
-    console.print(table)
-    console.print(
-        f"text: {text.source}; {text.protocol}; {score.windows} windows of {score.window} tokens, "
-        f"{score.tokens} predictions; BOS: {text.bos}",
-        highlight=False,
-        markup=False,
-    )
