@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 from typer.core import TyperGroup
 
-from compress import commands
+from compress import commands, commands_beside
 from compress.commands import hidden
 from compress.errors import CompressError, Interrupted
 from compress.options import Options
@@ -34,12 +34,15 @@ if TYPE_CHECKING:
 
 _OTHER = {
     "auto": "mixed precision: bits and groups for each layer, so that the model stays nearest at a given size",
+    "sweep": "many methods, bits and group sizes: all made, all measured, the front, and which one to take",
     "run": "the steps of a recipe (YAML): mixed bits, prune then quantise, rescale then quantise",
     "methods": "every method: its paper, and which formats can hold its result",
     "eval": "perplexity and distance from the original of any checkpoints, dense or packed, and tasks",
     "inspect": "what a checkpoint holds, layer by layer: kind, bits, groups, bytes",
     "verify": "check a checkpoint: files, layers, parameters, and what its client makes of it",
     "export": "move a packed checkpoint to another format without rounding again",
+    "generate": "what a model makes of a prompt, and the original's words beside it",
+    "chat": "a conversation with a model, and the original's answers beside it",
     "report": "one page of one run or several: plots, tables, warnings, commands; HTML, JSON and Markdown",
     "doctor": "what this machine has: GPUs, kernels and why not, optional packages, free memory and disk",
     "bench": "speed on this GPU: kernels and solvers beside others', tokens a second, whole runs",
@@ -92,6 +95,9 @@ def _build(name: str) -> Any:
         "methods": methods_command,
         "run": run_command(),
         "auto": auto_command(),
+        "sweep": sweep_command(),
+        "generate": commands_beside.generate_command,
+        "chat": commands_beside.chat_command,
     }
     function = functions.get(name) or pass_command(name)
     small.command(name=name, help=inspect.getdoc(function))(function)
@@ -234,6 +240,19 @@ def auto_command() -> Callable[..., None]:
         "With --dry-run it measures and chooses, and writes no checkpoint; what it measured is kept for other budgets."
     )
     return _dressed(command, [_MODEL, *_parameters(Ask), *_parameters(Options), *_SWITCHES], f"{text}\n\n{more}")
+
+
+def sweep_command() -> Callable[..., None]:
+    """The function behind `compress sweep MODEL`, its signature made from Ask and from Options."""
+    from compress.sweep.asked import Ask
+
+    def command(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
+        ask, options = Ask(**_take(Ask, given)), Options(**_take(Options, given))
+        commands_beside.sweep_command(model, ask, options, as_json, quiet)
+
+    text = "Every combination of methods, bits and group sizes, each measured against the original; a front, a choice."
+    more = "Given again after a stop it goes on. OUT holds a folder a setting, sweep.json and sweep.md."
+    return _dressed(command, [_MODEL, *_parameters(Ask), *_parameters(Options), *_SWITCHES[1:]], f"{text}\n\n{more}")
 
 
 def _dressed(

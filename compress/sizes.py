@@ -16,3 +16,14 @@ def parse_size(text: str, where: str) -> int:
     if found is None or found[2].upper() not in _UNITS:
         raise CompressError(f"{text!r} is no size", where, "write 2GiB, 1.5GB or 700MiB")
     return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def parse_counts(text: str, where: str) -> list[int]:
+    """The numbers of a list such as 2,3,4, in its order, each once. Raises CompressError."""
+    try:
+        found = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        raise CompressError(f"{text!r} is no list of numbers", where, "write 2,3,4") from None
+    if not found:
+        raise CompressError("no number is given", where, "write 2,3,4")
+    return list(dict.fromkeys(found))

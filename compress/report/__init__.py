@@ -7,6 +7,8 @@ import math
 import platform
 import re
 import resource
+import shlex
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -117,8 +119,11 @@ def score_values(score: Score) -> dict[str, Any]:
 
 
 def timings(result: Result) -> dict[str, Any]:
-    """Seconds and memory of this one run."""
+    """What is of this one run: how it was called, what it said, its seconds and memory."""
+    typed = Path(sys.argv[0]).stem == "compress"  # else a program of somebody's called the API
     return {
+        "command": shlex.join(["compress", *sys.argv[1:]]) if typed else None,
+        "notes": notes(result),
         "seconds": {**result.seconds, "total": sum(result.seconds.values())},
         "seconds_beside": result.beside,
         "room": result.room,

@@ -222,8 +222,8 @@ def row_losses(error: Tensor, hessian: Tensor) -> Tensor:
 def product(x: Tensor, matrix: Tensor, whole: bool = False) -> Tensor:
     """float32 [rows, n] @ [n, columns]; on a GPU by the tensor cores, where a product of two numbers is off by 2^-16.
 
-    Each number is the sum of two bfloat16 but for 2^-17 of it, and of their four products the least is left out (Henry et
-    al. 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", section 3).
+    Each number is the sum of two bfloat16 but for 2^-17 of it, and of their four products the least is left out (Henry
+    et al. 2019, "Leveraging the bfloat16 Artificial Intelligence Datatype For Higher-Precision Computations", part 3).
     Errors go either way, so that what is summed over a row is far better than that.
 
     Args:

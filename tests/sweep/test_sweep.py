@@ -206,7 +206,7 @@ def test_on_the_command_line(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, caps
         "--eval",
         sweep.options.eval,
     )
-    assert line(*given, "--avg-bits", 3.5, "-o", sweep.out, "--json") == 0
+    assert line(*given, "--avg-bits", 4.2, "-o", sweep.out, "--json") == 0
     assert json.loads(capsys.readouterr().out)["choice"] == "rtn-3bit-g32"
     assert line(*given, "--max-size", "1kB", "-o", sweep.out) == 0
     assert "none of 2 keeps to" in " ".join(capsys.readouterr().out.split())

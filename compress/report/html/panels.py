@@ -99,8 +99,8 @@ def outlier_mask(found: Mask) -> Figure:
 def _ends(axes: Axes, names: list[str]) -> None:
     """The first and the last input feature, within the ends of the axis."""
     axes.set_xticks([0, 1][: len(names)], names, fontsize=9, color=colour("soft"))
-    for label, side in zip(axes.get_xticklabels(), ("left", "right"), strict=False):
-        label.set_horizontalalignment(side)
+    for i, label in enumerate(axes.get_xticklabels()):
+        label.set_horizontalalignment("right" if i else "left")
 
 
 def _raster(axes: Axes, rows: Sequence[Sequence[float]], strongest: float) -> None:

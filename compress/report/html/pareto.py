@@ -178,8 +178,8 @@ def _label(axes: Axes, facts: Facts, name: str, longest: int) -> None:
     from matplotlib.text import Text
 
     far = {"arrowstyle": "-", "color": colour("soft"), "linewidth": 0.6, "shrinkA": 1, "shrinkB": 5}
-    canvas = axes.figure.canvas
-    renderer: Any = canvas.get_renderer()
+    canvas: Any = axes.figure.canvas
+    renderer = canvas.get_renderer()
     limits = axes.get_window_extent(renderer)
     spots = [axes.transData.transform((x, y)) for x, y, _, _ in named]
     taken: list[tuple[float, ...]] = [(x - 5, y - 5, x + 5, y + 5) for x, y in spots]
