@@ -315,8 +315,9 @@ def hash_files(paths: Sequence[Path], stop: threading.Event | None = None) -> di
     """
 
     def one(path: Path) -> str:
-        digest, chunk = hashlib.sha256(), memoryview(bytearray(_COPY_BYTES))
+        digest = hashlib.sha256()
         with path.open("rb", buffering=0) as f:
+            chunk = memoryview(bytearray(min(_COPY_BYTES, max(os.fstat(f.fileno()).st_size, 1))))
             while got := f.readinto(chunk):
                 digest.update(chunk[:got])
                 if stop is not None and stop.is_set():

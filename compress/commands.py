@@ -228,9 +228,11 @@ def report_command(
 
 def auto_command(model: str, ask: Ask, options: Options, dry_run: bool, as_json: bool, quiet: bool) -> None:
     """What `compress auto` does with its settings (cli.py makes its signature from them)."""
+    import torch
+
     from compress.auto import run, words
     from compress.bench import tables
-    from compress.errors import Interrupted
+    from compress.errors import CompressError, Interrupted
     from compress.report import screen
 
     try:
@@ -239,6 +241,10 @@ def auto_command(model: str, ask: Ask, options: Options, dry_run: bool, as_json:
     except KeyboardInterrupt:
         remedy = "give the same command again to go on"
         raise Interrupted("stopped; blocks that were measured or written are kept", "", remedy) from None
+    except torch.OutOfMemoryError as error:
+        what = f"out of memory ({str(error).partition('. ')[0]})"
+        remedy = "what was measured is kept: free some of it, or use --low-memory or --device cpu"
+        raise CompressError(what, f"--device {options.device or 'cuda'}", remedy) from error
     if as_json:
         print(json.dumps(words.as_json(outcome), indent=2))
         return

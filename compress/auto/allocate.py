@@ -6,8 +6,12 @@ HiGHS (scipy.optimize.milp) solves it to a gap of 0 by branch and cut, in a seco
 
 from __future__ import annotations
 
+import ctypes
 import math
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,13 +89,14 @@ def _solve(costs: list[list[float]], units: list[list[int]], allowed: int) -> tu
     places = np.arange(len(flat))
     one_each = csr_matrix((np.ones(len(flat)), (owner, places)), shape=(len(costs), len(flat)))
     weight = csr_matrix(np.array([[size for row in units for size in row]], dtype=float))
-    found = milp(
-        flat * scale,
-        integrality=np.ones(len(flat)),
-        bounds=Bounds(0, 1),
-        constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(weight, -np.inf, float(allowed))],
-        options={"mip_rel_gap": 0.0, "time_limit": _SECONDS},
-    )
+    with _silent():
+        found = milp(
+            flat * scale,
+            integrality=np.ones(len(flat)),
+            bounds=Bounds(0, 1),
+            constraints=[LinearConstraint(one_each, 1, 1), LinearConstraint(weight, -np.inf, float(allowed))],
+            options={"mip_rel_gap": 0.0, "time_limit": _SECONDS},
+        )
     if found.x is None:
         raise CompressError(f"the solver found no choice ({found.message})", "compress auto", "allow a larger budget")
     picks, at = [], 0
@@ -99,6 +104,23 @@ def _solve(costs: list[list[float]], units: list[list[int]], allowed: int) -> tu
         picks.append(int(np.argmax(found.x[at : at + len(row)])))
         at += len(row)
     return picks, 0.0 if found.status == 0 else float(found.mip_gap)
+
+
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing on the process' standard output: HiGHS prints a line there now and then, whatever it is told."""
+    sys.stdout.flush()
+    library = ctypes.CDLL(None)  # of C, whose buffer is not Python's
+    library.fflush(None)
+    kept, nothing = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nothing, 1)
+        yield
+    finally:
+        library.fflush(None)
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nothing)
 
 
 def interpolated(points: Sequence[tuple[float, float]], error: float) -> float:

@@ -34,7 +34,7 @@ class Ask:
         default="kl",
         metadata={
             "help": "kl: how much each layer alone, rounded, moves the model's predictions; loss: count relative "
-            "errors of layers' outputs alike (quicker, worse)"
+            "errors of layers' outputs alike (quicker, but can be worse than one setting for all)"
         },
     )
     probes: int = field(default=8, metadata={"help": "calibration rows on which the predictions are compared"})

@@ -22,6 +22,8 @@ from compress.packed.uniform import UniformGrid
 from compress.recipe import Recipe, Step, Where, parse
 from compress.types import Pass, Transform
 
+#: that a layer on an integer grid is stored as, in any format
+_MOST_TENSORS = 5
 _EXPERT = re.compile(r"\.experts\.\d+\.")
 
 
@@ -150,6 +152,7 @@ def survey(model: BlockModel, job: Job, ask: Ask, wanted: str) -> Field:
             if all(size is None for size in sizes):
                 reason = _reason(format, found[0], tied) or "its layers fit different settings"
                 what, _, remedy = reason.partition(": ")
+                remedy = "use --format native" if tied[0].transposed else remedy  # others that hold it hold no mix
                 raise CompressError(f"no candidate fits: {what}", f"layer {tied[0].name}", remedy)
             groups.append(Group(block, tuple(tied), sizes))
     used = [c for c in range(len(found)) if any(group.sizes[c] is not None for group in groups)]
@@ -161,7 +164,24 @@ def survey(model: BlockModel, job: Job, ask: Ask, wanted: str) -> Field:
         model, recipe_of(field, trial), format, job.include, job.exclude, job.blocks, job.lm_head, job.target
     )
     assert sum(group.sizes[c] or 0 for group, c in zip(groups, trial, strict=True)) == _packed(mixed)
+    _readable(mixed)
     return field
+
+
+def _readable(plan: planning.Plan) -> None:
+    """Raise CompressError for a layer whose setting readers would not find in config.json.
+
+    compressed-tensors names modules there, and fused experts are none: transformers then reads all of them alike.
+    """
+    config = plan.quantization_config()
+    for linear in (x for block in plan.blocks for x in block):
+        try:
+            plan.format.activations(linear.name, config)
+        except CompressError:
+            what = f"{plan.format.name} cannot say which of several settings the experts have"
+            raise CompressError(
+                what, f"layer {linear.name}", "use --format native, or one --bits and one --group-size"
+            ) from None
 
 
 def _packed(plan: planning.Plan) -> int:
@@ -235,7 +255,8 @@ def _dense_bytes(model: BlockModel, format: Format, groups: Iterable[Group]) -> 
     packed = {x.name for group in groups for x in group.linears}
     dense = [(n, t.nbytes) for n, t in tensors.items() if n.removesuffix(".weight") not in packed]
     entry = len('"":{"dtype":"BF16","shape":[],"data_offsets":[,]},') + 60  # numbers of up to 15 digits
-    names = [n for n, _ in dense] + [f"{n}.{suffix}" for n in packed for suffix in format.suffixes]
+    suffixes = sorted(format.suffixes, key=len)[-_MOST_TENSORS:]
+    names = [n for n, _ in dense] + [f"{n}.{suffix}" for n in packed for suffix in suffixes]
     files = len(model.block_names) + 2 + sum(size for _, size in dense) // 10**9
     return sum(size for _, size in dense) + sum(len(n) + entry for n in names) + 128 * files
 

@@ -30,6 +30,7 @@ from compress.output import WEIGHT_FILES
 from compress.pipeline import compress_checkpoint, make_plan, open_model, start_flow
 from compress.plan import Plan
 from compress.recipe import Recipe
+from compress.report import card
 from compress.types import settings
 
 #: candidates of each group whose divergence is measured, see `measure.forks_of`
@@ -47,6 +48,7 @@ class Outcome:
         budget: bytes that the compressed layers may take.
         costs: predicted KL divergence (nats a token; with --sensitivity loss relative errors) by group and candidate,
             math.inf where a group may not take a candidate.
+        on: the tokens on which divergences were measured; None with --sensitivity loss.
         result: None for a dry run.
     """
 
@@ -58,6 +60,7 @@ class Outcome:
     allocation: Allocation
     recipe: Recipe
     measured: Path
+    on: str | None
     result: Result | None = None
 
     @property
@@ -85,10 +88,10 @@ def auto(
     options = options or Options()
     name = os.path.basename(os.path.abspath(os.path.expanduser(model))) if model != api.BUNDLED else model
     out = options.out or Path(f"{name}-auto-{ask.label}")
-    kept = ask.measured or (Path(f"{name}.auto") if options.out is None else out.with_name(out.name + ".auto"))
+    kept = ask.measured or Path(f"{name if options.out is None else out}.auto")
     method = base_method(ask)
     quick = api.make_job(model, method, replace(options, out=out), dry=True)
-    unpickled = out.with_name(out.name + ".unpickled")
+    unpickled = Path(f"{out}.unpickled")
     weights, streamed = open_model(quick, unpickled)
     field = survey(streamed, quick, ask, options.format)
     budget = budget_of(ask, field)
@@ -105,7 +108,8 @@ def auto(
         costs = costs_of(field, store, ask.sensitivity == "kl")
     allocation = allocate(costs, _sizes(field), budget)
     recipe = recipe_of(field, allocation.choice, _carried(options, field.format))
-    outcome = Outcome(job, ask, field, budget, costs, allocation, recipe, kept)
+    on = None if probes is None or rows is None else f"{len(probes)} x {probes.shape[1]} tokens of {rows.source}"
+    outcome = Outcome(job, ask, field, budget, costs, allocation, recipe, kept, on)
     if dry:
         shutil.rmtree(unpickled, ignore_errors=True)
         return outcome
@@ -227,8 +231,11 @@ def fingerprint(
 def _carried(options: Options, format: str) -> dict[str, Any]:
     """The options that the recipe brings, so that `compress run` makes the same checkpoint."""
     plain = Options()
-    found = {k: getattr(options, k) for k in _CARRIED if getattr(options, k) != getattr(plain, k)}
-    return {"format": format, **found}
+    found: dict[str, Any] = {k: getattr(options, k) for k in _CARRIED if getattr(options, k) != getattr(plain, k)}
+    public: dict[str, Any] = {
+        k: card.text_name(found[k]) for k in ("calib", "eval") if k in found
+    }  # the folder may be published
+    return {"format": format, **found, **public}
 
 
 def check(outcome: Outcome, result: Result) -> None:

@@ -7,6 +7,7 @@ import math
 from typing import TYPE_CHECKING, Any
 
 from compress.recipe import KEEP, Recipe
+from compress.report import card
 from compress.types import settings
 
 if TYPE_CHECKING:
@@ -71,8 +72,11 @@ def notes(outcome: Outcome) -> list[str]:
     field, best = outcome.field, outcome.allocation
     first = (
         f"auto: at most {_asked(outcome)}, {outcome.bits:.4f} bits a weight stored; predicted {_measure(outcome)} "
-        f"{best.cost:.4g}, the sum over {len(field.groups)} groups of layers, each measured alone"
+        f"{best.cost:.4g}, the sum over {len(field.groups)} groups of layers"
     )
+    if outcome.on is not None:
+        name, dots, source = outcome.on.partition(" tokens of ")
+        first += f", each rounded alone, on {name}{dots}{card.text_name(source)}"
     out = [first, "auto: " + ", ".join(f"{n} layers {words}" for words, n in counts(outcome))]
     for c, size, cost in near(outcome):
         bits = 8 * size / field.weights
@@ -91,13 +95,16 @@ def tables(outcome: Outcome) -> list[Table]:
     kinds: dict[str, list[int]] = {}
     for i, group in enumerate(field.groups):
         kinds.setdefault(group.kind, []).append(i)
+    short = {kind: " + ".join(name.rpartition(".")[2] for name in kind.split(" + ")) for kind in [*kinds, "all"]}
+    if len(set(short.values())) < len(short):
+        short = {kind: kind for kind in short}
     rows = []
     for kind, mine in [*kinds.items(), ("all", list(range(len(field.groups))))]:
         layers = [sum(len(field.groups[i].linears) for i in mine if best.choice[i] == c) for c in used]
         size = sum(field.groups[i].sizes[best.choice[i]] or 0 for i in mine)
         cost = math.fsum(outcome.costs[i][best.choice[i]] for i in mine)
         bits = 8 * size / sum(field.groups[i].weights for i in mine)
-        rows.append((kind, *(str(n) if n else "" for n in layers), f"{bits:.3f}", f"{cost:.4g}"))
+        rows.append((short[kind], *(str(n) if n else "" for n in layers), f"{bits:.3f}", f"{cost:.4g}"))
     heads = ("layers with", *(field.candidates[c].key for c in used), "bits a weight", "predicted")
     title = f"{outcome.job.origin}, at most {_asked(outcome)}: {outcome.bits:.4f} bits a weight"
     beside = [

@@ -122,7 +122,7 @@ def timings(result: Result) -> dict[str, Any]:
     """What is of this one run: how it was called, what it said, its seconds and memory."""
     typed = Path(sys.argv[0]).stem == "compress"  # else a program of somebody's called the API
     return {
-        "command": shlex.join(["compress", *sys.argv[1:]]) if typed else None,
+        "command": shlex.join(["compress", *_told(sys.argv[1:])]) if typed else None,
         "notes": notes(result),
         "seconds": {**result.seconds, "total": sum(result.seconds.values())},
         "seconds_beside": result.beside,
@@ -131,6 +131,15 @@ def timings(result: Result) -> dict[str, Any]:
         "peak_device_bytes": peak_device_bytes(result.job.device),
         "resumed_blocks": result.resumed,
     }
+
+
+def _told(words: Sequence[str]) -> list[str]:
+    """A command line without the place that its result is sent to: that is nobody's business."""
+    found: list[str] = []
+    for before, word in zip(("", *words), words, strict=False):
+        if not (word.startswith("--push-") or before == "--push-to"):
+            found.append(word)
+    return found
 
 
 def peak_host_bytes() -> int:

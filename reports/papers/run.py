@@ -200,10 +200,11 @@ def run_model(run: Run, model: str) -> None:
     source = find_model(model, run.allow_pickle)
     dense = open_dense(source, run.allow_pickle, run.out / "pickle")
     tokenizer = load_tokenizer(source)
-    texts = {name: evaluation(tokenizer, name) for name in run.texts}
+    longest = context_length(source)
+    texts = {name: evaluation(tokenizer, name, min(2048, longest or 2048)) for name in run.texts}
     options = {"calib": run.settings["calib"], "samples": run.settings["samples"], "seq_len": run.settings["seq_len"]}
     if any(row.steps and row.recipe(run.sweep.name).needs for row in rows):  # what fails for all rows fails here
-        calibration(source, tokenizer, Options(**options), run.device, context_length(source))
+        calibration(source, tokenizer, Options(**options), run.device, longest)
     for row in rows:
         begun = time.perf_counter()
         folder = run.out / "checkpoint"
