@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import math
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from compress.errors import CompressError
-
-_UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "KI": 2**10, "MI": 2**20, "GI": 2**30, "TI": 2**40}
-_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+)\s*([KMGT]?I?)B?", re.IGNORECASE)
+from compress.sizes import parse_counts, parse_size
 
 
 @dataclass(frozen=True)
@@ -64,19 +61,8 @@ class Ask:
     def bytes(self) -> int:
         """`max_size` in bytes. Raises CompressError for what is no size."""
         assert self.max_size is not None
-        found = _SIZE.fullmatch(self.max_size.strip())
-        if found is None:
-            raise CompressError(f"{self.max_size!r} is no size", "--max-size", "write 2GiB, 1.5GB or 700MiB")
-        return int(float(found[1]) * _UNITS[found[2].upper()])
+        return parse_size(self.max_size, "--max-size")
 
     def counts(self, option: str) -> list[int]:
         """The numbers of `--bits` or `--group-size`, each once, rising. Raises CompressError."""
-        text: str = getattr(self, option)
-        flag = "--" + option.replace("_", "-")
-        try:
-            found = {int(part) for part in text.split(",") if part.strip()}
-        except ValueError:
-            raise CompressError(f"{text!r} is no list of numbers", flag, "write 2,3,4") from None
-        if not found:
-            raise CompressError("no number is given", flag, "write 2,3,4")
-        return sorted(found)
+        return sorted(parse_counts(getattr(self, option), "--" + option.replace("_", "-")))
