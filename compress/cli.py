@@ -1,6 +1,6 @@
 """The command line: one sub-command a pass, its options derived from the pass's fields.
 
-The commands that run no method are in commands.py; no other file imports typer. A sub-command is built when it is
+The commands that run no method are in commands/; no other file imports typer. A sub-command is built when it is
 called for, so that `compress --help` imports neither torch nor transformers.
 """
 
@@ -22,8 +22,8 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 import typer
 from typer.core import TyperGroup
 
-from compress import commands, commands_beside
-from compress.commands import hidden
+from compress.commands import bench, checkpoints, choosing, talk
+from compress.commands.shared import hidden
 from compress.errors import CompressError, Interrupted
 from compress.options import Options
 from compress.passes import known, load
@@ -85,19 +85,19 @@ def _build(name: str) -> Any:
         return _bench()
     small = typer.Typer(add_completion=False, rich_markup_mode=None)
     functions: dict[str, Callable[..., None]] = {
-        "eval": commands.eval_command,
-        "inspect": commands.inspect_command,
-        "verify": commands.verify_command,
-        "export": commands.export_command,
-        "report": commands.report_command,
-        "doctor": commands.doctor_command,
+        "eval": checkpoints.eval_command,
+        "inspect": checkpoints.inspect_command,
+        "verify": checkpoints.verify_command,
+        "export": checkpoints.export_command,
+        "report": choosing.report_command,
+        "doctor": checkpoints.doctor_command,
         "demo": demo_command,
         "methods": methods_command,
         "run": run_command(),
         "auto": auto_command(),
         "sweep": sweep_command(),
-        "generate": commands_beside.generate_command,
-        "chat": commands_beside.chat_command,
+        "generate": talk.generate_command,
+        "chat": talk.chat_command,
     }
     function = functions.get(name) or pass_command(name)
     small.command(name=name, help=inspect.getdoc(function))(function)
@@ -108,10 +108,10 @@ def _bench() -> Any:
     """Its own commands."""
     group = typer.Typer(name="bench", add_completion=False, rich_markup_mode=None, help=_OTHER["bench"])
     found: dict[str, Callable[..., None]] = {
-        "kernels": commands.bench_kernels_command,
-        "decode": commands.bench_decode_command,
-        "solver": commands.bench_solver_command,
-        "quantise": commands.bench_quantise_command,
+        "kernels": bench.bench_kernels_command,
+        "decode": bench.bench_decode_command,
+        "solver": bench.bench_solver_command,
+        "quantise": bench.bench_quantise_command,
     }
     for name, function in found.items():
         group.command(name=name, help=inspect.getdoc(function))(function)
@@ -233,7 +233,7 @@ def auto_command() -> Callable[..., None]:
 
     def command(model: str, dry_run: bool, as_json: bool, quiet: bool, **given: Any) -> None:
         ask, options = Ask(**_take(Ask, given)), Options(**_take(Options, given))
-        commands.auto_command(model, ask, options, dry_run, as_json, quiet)
+        choosing.auto_command(model, ask, options, dry_run, as_json, quiet)
 
     text = "Mixed precision: bits and group size for each layer, so that the model stays nearest at a given size."
     more = (
@@ -248,7 +248,7 @@ def sweep_command() -> Callable[..., None]:
 
     def command(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
         ask, options = Ask(**_take(Ask, given)), Options(**_take(Options, given))
-        commands_beside.sweep_command(model, ask, options, as_json, quiet)
+        choosing.sweep_command(model, ask, options, as_json, quiet)
 
     text = "Every combination of methods, bits and group sizes, each measured against the original; a front, a choice."
     more = "Given again after a stop it goes on. OUT holds a folder a setting, sweep.json and sweep.md."

@@ -16,7 +16,8 @@ import torch
 from safetensors.torch import load_file
 
 import compress
-from compress import api, checkpoint, cli, commands, pipeline
+from compress import api, checkpoint, cli, pipeline
+from compress.commands import shared
 from compress.errors import CompressError
 from compress.options import Options
 from compress.passes import PASSES, load
@@ -235,11 +236,11 @@ def test_default_output_name(line: Line, monkeypatch: pytest.MonkeyPatch) -> Non
 
 def test_progress_is_for_terminals(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    assert not commands.hidden(quiet=False, as_json=False)
-    assert commands.hidden(quiet=True, as_json=False)
-    assert commands.hidden(quiet=False, as_json=True)
+    assert not shared.hidden(quiet=False, as_json=False)
+    assert shared.hidden(quiet=True, as_json=False)
+    assert shared.hidden(quiet=False, as_json=True)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False)
-    assert commands.hidden(quiet=False, as_json=False)
+    assert shared.hidden(quiet=False, as_json=False)
 
 
 def test_demo_refuses_unknown_models(line: Line) -> None:

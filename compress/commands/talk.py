@@ -1,21 +1,14 @@
-"""The commands that run other checkpoints side by side: `compress generate`, `compress chat`, `compress sweep`."""
+"""`compress generate` and `compress chat`."""
 
 from __future__ import annotations
 
 import json
 import sys
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import Annotated, Optional
 
 import typer
 
-from compress.commands import _Code as Code
-from compress.commands import _Device as Device
-from compress.commands import _Json as Json
-from compress.commands import hidden
-
-if TYPE_CHECKING:
-    from compress.options import Options
-    from compress.sweep.asked import Ask
+from compress.commands.shared import Code, Device, Json
 
 _Against = Annotated[Optional[str], typer.Option(help="the original: its words stand beside")]  # noqa: UP045
 _Tokens = Annotated[int, typer.Option(help="at most so many")]
@@ -95,24 +88,3 @@ def chat_command(
                 screen.ending(replies[0])
             else:
                 screen.beside(replies)
-
-
-def sweep_command(model: str, ask: Ask, options: Options, as_json: bool, quiet: bool) -> None:
-    """What `compress sweep` does with its settings (cli.py makes its signature from them)."""
-    from compress.errors import Interrupted
-    from compress.report import screen
-    from compress.report import sweep as report
-    from compress.sweep.run import run
-
-    sweep = ask.sweep(model, options)
-    try:
-        with screen.progress_line(hidden(quiet, as_json)) as progress:
-            found = run(sweep, lambda line: None if as_json else print(line, file=sys.stderr), progress)
-    except KeyboardInterrupt:
-        raise Interrupted("stopped; what is finished is kept", "", "give the same command again to go on") from None
-    files = report.write(sweep.out / "sweep", found)
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
-    report.print_report(found)
-    print(f"written: {', '.join(map(str, files))}; a page of it: compress report {sweep.out}/*/ -o report.html")
