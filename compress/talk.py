@@ -6,6 +6,7 @@ import gc
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,8 +216,7 @@ def generate(
             )
         turn = {"role": "user", "content": prompt}
         ids = speaker.answering([turn]) if conversation else speaker.continuing(prompt)
-        name = speaker.name
-        replies.append(speaker.say(ids, manner, lambda piece, name=name: told(name, piece)))  # type: ignore[misc]
+        replies.append(speaker.say(ids, manner, partial(told, speaker.name)))
         speaker.free()
     return replies
 

@@ -326,3 +326,8 @@ def settings(value: Any) -> dict[str, Any]:
     """The fields of a settings dataclass as plain JSON values (which hold no infinity: it becomes "inf")."""
     plain = asdict(value)
     return {k: str(v) if isinstance(v, float) and not math.isfinite(v) else v for k, v in plain.items()}
+
+
+def defaults(value: Any) -> dict[str, Any]:
+    """What the fields of a settings dataclass are when nobody sets them, by name."""
+    return {f.name: f.default for f in fields(value)}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import fnmatch
 import hashlib
 import re
@@ -20,7 +19,7 @@ from compress.formats.base import Format
 from compress.job import Job
 from compress.packed.uniform import UniformGrid
 from compress.recipe import Recipe, Step, Where, parse
-from compress.types import Pass, Transform
+from compress.types import Pass, Transform, defaults
 
 #: that a layer on an integer grid is stored as, in any format
 _MOST_TENSORS = 5
@@ -109,7 +108,7 @@ class Field:
 def base_method(ask: Ask) -> Pass:
     """The pass whose bits and group size are to be chosen. Raises CompressError for one that has none."""
     method = parse(ask.method)
-    fields = {f.name for f in dataclasses.fields(method)}  # type: ignore[arg-type]
+    fields = defaults(method).keys()
     plain = not isinstance(method, Transform) and method.storage.kind == UniformGrid.kind
     if isinstance(method, Transform) or not plain or not {"bits", "group_size"} <= fields or method.storage.activations:
         what = f"{method.name} has no integer grid whose bits and group size could be chosen for each layer"

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress.recipe import KEEP, Recipe
 from compress.report import card
-from compress.types import settings
+from compress.types import defaults, settings
 
 if TYPE_CHECKING:
     from compress.auto.run import Outcome
@@ -23,7 +23,7 @@ def recipe_file(recipe: Recipe) -> str:
     for step in recipe.steps:
         given: dict[str, Any] = {}
         if step.method is not None:
-            plain = {f.name: f.default for f in dataclasses.fields(step.method)}  # type: ignore[arg-type]
+            plain = defaults(step.method)
             given = {k: v for k, v in settings(step.method).items() if v != plain[k]}
         where = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(step.where).items() if v}
         steps.append({KEEP if step.method is None else step.method.name: {**given, **where}})

@@ -98,9 +98,9 @@ def sweep_command(model: str, ask: SweepAsk, options: Options, as_json: bool, qu
             found = run(sweep, lambda line: None if as_json else print(line, file=sys.stderr), progress)
     except KeyboardInterrupt:
         raise Interrupted("stopped; what is finished is kept", "", "give the same command again to go on") from None
-    files = report.write(sweep.out / "sweep", found)
     if as_json:
         print(json.dumps(found, indent=2))
         return
     report.print_report(found)
-    print(f"written: {', '.join(map(str, files))}; a page of it: compress report {sweep.out}/*/ -o report.html")
+    files = f"{sweep.out / 'sweep.json'}, {sweep.out / 'sweep.md'}"
+    print(f"written: {files}; a page of it: compress report {sweep.out}/*/ -o report.html")

@@ -50,7 +50,8 @@ class Sweep:
 
 
 def run(sweep: Sweep, told: Told, progress: Progress = lambda status: None) -> dict[str, Any]:
-    """The report, ready for JSON: schema in compress/report/sweep.py. What a stopped sweep made is not made again.
+    """The report, also as OUT/sweep.json and .md: schema in compress/report/sweep.py. What a stopped sweep made is not
+    made again.
 
     Args:
         told: is called with a line before something that takes long.
@@ -59,6 +60,7 @@ def run(sweep: Sweep, told: Told, progress: Progress = lambda status: None) -> d
         CompressError: nothing can be tried; the folder holds another sweep; the disk has no room.
     """
     from compress.bench import record
+    from compress.report import sweep as sweep_report
 
     jobs, rows = _plan(sweep, told)
     _begin(sweep)
@@ -86,7 +88,7 @@ def run(sweep: Sweep, told: Told, progress: Progress = lambda status: None) -> d
     device = api.find_device(sweep.options.device)
     head = record.head(None if device.type == "cpu" else device.index or 0)
     report = {**head, "kind": "sweep", "model": sweep.model, "base": base, **_decided(sweep, list(rows.values()))}
-    write_json(sweep.out / "sweep.json", report)
+    sweep_report.write(sweep.out / "sweep", report)
     return report
 
 
@@ -110,7 +112,7 @@ def _plan(sweep: Sweep, told: Told) -> tuple[dict[str, Job], dict[str, Row]]:
             told(f"{setting.name} is left out: {error.line()}")
             continue
         jobs[setting.name] = job
-        if not _made(sweep, setting) and not _measured(sweep, setting):
+        if sweep.options.fresh or not (_made(sweep, setting) or _measured(sweep, setting)):
             total = max(total, 2 * plan.bytes_after) if sweep.discard else total + plan.bytes_after
     if not jobs:
         first = rows[sweep.settings[0].name]["refused"]

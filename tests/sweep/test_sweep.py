@@ -162,6 +162,12 @@ def test_a_sweep_goes_on_where_it_stopped(sweep: Sweep, monkeypatch: pytest.Monk
         assert "gptq-3bit-g32" in path.read_text()
     with pytest.raises(CompressError, match=r"earlier sweep differs in options\.samples"):
         run(replace(sweep, options=replace(sweep.options, samples=7)), lambda line: None)
+    other = replace(sweep, settings=tuple(replace(sweep.settings[0], name=s.name) for s in sweep.settings[1:2]))
+    with pytest.raises(CompressError, match="was made by other settings"):
+        run(other, lambda line: None)
+    anew = run(replace(other, options=replace(sweep.options, fresh=True)), lambda line: None)
+    assert [s["refused"] for s in anew["settings"]] == [""]
+    assert {p.name for p in sweep.out.iterdir() if p.is_dir()} == {names[1]}
 
 
 def test_measured_and_discarded(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

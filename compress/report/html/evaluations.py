@@ -9,7 +9,8 @@ from typing import Any
 
 from compress.checkpoint import read_json
 from compress.errors import CompressError
-from compress.report.html.facts import Estimate, Score
+from compress.evaluate.intervals import Estimate
+from compress.report.html.facts import Score
 from compress.report.html.tensors import number
 
 #: of `compress eval --out`

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from compress.evaluate.intervals import Estimate
+
 #: how a layer's error was measured
 MEASURES = {
     "output": "share of the energy of the layer's output on the calibration data that is error",
@@ -13,15 +15,6 @@ MEASURES = {
     "evaluation": "distance of the layer's output from the original's, ‖Wx - W'x‖ / ‖Wx‖, on the evaluation text",
     "unknown": "relative error as the method counted it",
 }
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A figure with its interval; `low` and `high` are None where none was measured."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
 
 
 @dataclass(frozen=True)

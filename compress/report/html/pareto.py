@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
-from compress.report.html.facts import Estimate, Facts, Model
+from compress.evaluate.intervals import Estimate
+from compress.report.html.facts import Facts, Model
 from compress.report.html.svg import colour, figure, style
 from compress.report.html.words import cut, perplexity
 

@@ -13,7 +13,7 @@ from typing import Any
 from compress.errors import CompressError
 from compress.recipe import KEEP, build
 from compress.report.html.tensors import number
-from compress.types import Pass, Transform
+from compress.types import Pass, Transform, defaults
 
 _WHERE = ("layers", "exclude", "blocks")
 
@@ -109,8 +109,8 @@ def _changed(step: Step) -> dict[str, Any]:
     """The settings that are not at their defaults, and the bits in any case."""
     if step.method is None:
         return {k: v for k, v in step.settings.items() if v is not None}
-    fields = {f.name: f.default for f in dataclasses.fields(step.method)}  # type: ignore[arg-type]
-    return {k: v for k, v in step.settings.items() if v is not None and (k == "bits" or v != fields.get(k))}
+    plain = defaults(step.method)
+    return {k: v for k, v in step.settings.items() if v is not None and (k == "bits" or v != plain.get(k))}
 
 
 def _flags(step: Step) -> list[str]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from compress.evaluate.intervals import Estimate
 from compress.report.html import heat, pareto
-from compress.report.html.facts import Estimate, Facts, Model, Score
+from compress.report.html.facts import Facts, Model, Score
 from compress.report.html.panels import GROUPS
 from compress.report.html.words import (
     duration,

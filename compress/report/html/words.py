@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from compress.report.html.facts import Estimate, Model, Score
+from compress.evaluate.intervals import Estimate
+from compress.report.html.facts import Model, Score
 
 
 def figures(value: float | None, digits: int = 3) -> str:
