@@ -309,6 +309,10 @@ class Begun(Generic[T]):
         self._stop.set()
         self._thread.shutdown(wait=True)
 
+    def done(self) -> bool:
+        """Whether `result` would not wait."""
+        return self._result.done()
+
     def result(self) -> T:
         """Waits for it. Raises what it raised."""
         return self._result.result()

@@ -15,7 +15,7 @@ import tempfile
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -351,15 +351,17 @@ def _write(path: Path, entries: list[tuple[str, str, tuple[int, ...], int]], con
         at += nbytes
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
-    digest = hashlib.sha256()
-    with _durably(path, 8 + len(raw) + at) as f:
-        for piece in (len(raw).to_bytes(8, "little"), raw):
-            f.write(piece)
-            digest.update(piece)
+    digest = hashlib.sha256(len(raw).to_bytes(8, "little") + raw)
+    with _durably(path, 8 + len(raw) + at) as f, ThreadPoolExecutor(1, "sha256") as hashing:
+        f.write(len(raw).to_bytes(8, "little") + raw)
+        last: Future[None] | None = None
         for name, *_ in entries:
             for chunk in content(name):
+                hashed = hashing.submit(digest.update, chunk)  # while it is written: both take about as long
                 f.write(chunk)
-                digest.update(chunk)
+                if last is not None:
+                    last.result()
+                last = hashed
     return digest.hexdigest()
 
 

@@ -33,7 +33,7 @@ def examine(
     Args:
         against: the original: its other tensors must be in the folder, and each layer's distance from it is told.
         client: load it through the client that reads its format, where that is installed.
-        device: where the client is asked.
+        device: where layers are unpacked and the client is asked.
         step: called with (packed layers read, packed layers in all).
 
     Returns:
@@ -63,7 +63,7 @@ def examine(
 
     records = None if record is None else record.get("layers")
     if isinstance(records, list) and weights.format_name is not None:
-        layers(weights, records, _AGAIN, look)
+        layers(weights, records, _AGAIN, look, device or torch.device("cpu"))
         found.append(f"layers: {seen} dequantise to the last bit to what was recorded when they were written")
     else:
         for name in sorted(weights.packed):

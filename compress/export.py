@@ -150,12 +150,13 @@ def export(
         hashes = assemble(journal.final, form, quantization, weights.checkpoint, owners, packed_tensors, files)
         if check:
             done.proof = verify(
-                journal.final, records, weights.checkpoint, trust_remote_code, owned=owners, hashes=hashes
-            )
+                journal.final, records, weights.checkpoint, trust_remote_code, owned=owners, hashes=hashes,
+                device=device or torch.device("cpu"),
+            )  # fmt: skip
             if client:
                 answer = ask(journal.final, None, device or torch.device("cpu"), trust_remote_code)
                 done.proof = replace(done.proof, clients=(answer.line(),))
-        _finish(journal.final, source, done, records, weights.format_name or "dense")
+        _finish(journal.final, source, done, records, weights.format_name or "dense", hashes)
         journal.publish()
     return done
 
@@ -308,7 +309,9 @@ def _left(model: BlockModel, held: list[Held]) -> list[str]:
     return [n for n in dict.fromkeys([*every, *model.dense_linears()]) if n not in packed]
 
 
-def _finish(folder: Path, source: Path, done: Exported, records: list[dict[str, Any]], before: str) -> None:
+def _finish(
+    folder: Path, source: Path, done: Exported, records: list[dict[str, Any]], before: str, hashes: Mapping[str, str]
+) -> None:
     """The record and the card: what the source's said, and what was moved."""
     from compress import __version__
     from compress.checkpoint import write_text
@@ -323,6 +326,7 @@ def _finish(folder: Path, source: Path, done: Exported, records: list[dict[str, 
         folder,
         {**earlier, "compress": __version__, "format": done.format, "export": moved, "verified": proof}
         | {"layers": records},
+        hashes,
     )
 
 

@@ -71,6 +71,7 @@ class Journal:
         self._replaced = self.folder / "replaced"
         self._recorded = self.folder / "fingerprint.json"
         self._owed: Callable[[], Mapping[str, Any]] | None = None
+        self._ready: Callable[[], bool] = lambda: True
         self._lock = FileLock(out.with_name(out.name + ".lock"))
 
     def __enter__(self) -> Journal:
@@ -101,12 +102,19 @@ class Journal:
         """The fingerprint of a run that was stopped here; empty if there was none."""
         return read_json(self._recorded, _FRESH) if self._recorded.exists() else {}
 
-    def start(self, fingerprint: Callable[[], Mapping[str, Any]], fresh: bool) -> int:
+    def start(
+        self,
+        fingerprint: Callable[[], Mapping[str, Any]],
+        fresh: bool,
+        ready: Callable[[], bool] = lambda: True,
+    ) -> int:
         """Open the work folder for a run described by `fingerprint`.
 
         Args:
-            fingerprint: called now if an earlier run was stopped here, else before the first block is written.
+            fingerprint: called now if an earlier run was stopped here, else by the first `add` that finds it ready,
+                at the latest by `settle`.
             fresh: an earlier run does not count.
+            ready: whether `fingerprint` would not wait.
 
         Returns:
             how many blocks are finished already.
@@ -126,7 +134,7 @@ class Journal:
         else:
             self._discard()
             self.folder.mkdir(parents=True)
-            self._owed = fingerprint
+            self._owed, self._ready = fingerprint, ready
         for leftover in (self.final, self._replaced):
             if leftover.exists():
                 shutil.rmtree(leftover)
@@ -169,9 +177,8 @@ class Journal:
             notes: what the report must say of the block.
             rows: calibration rows that went through the block at once.
         """
-        if self._owed is not None:  # blocks of an unknown run would be thrown away
-            write_json(self._recorded, self._owed())
-            self._owed = None
+        if self._ready():
+            self._tell()
         digest = save_tensors(self._file(block), tensors)
         value: dict[str, Any] = {
             "sha256": digest,
@@ -182,6 +189,16 @@ class Journal:
         if rows is not None:
             value["rows"] = rows
         write_json(self._records(block), value)
+
+    def settle(self) -> None:
+        """Once the blocks are written or given up: what the run is, without which they would not count."""
+        if self._records(0).exists():
+            self._tell()
+
+    def _tell(self) -> None:
+        if self._owed is not None:
+            write_json(self._recorded, self._owed())
+            self._owed = None
 
     def tensors(self, block: int, check: bool = True) -> dict[str, Stored]:
         """Where a finished block's tensors are. Raises CompressError when the file is not what was written.

@@ -103,10 +103,15 @@ def carry_over(source: Path, folder: Path) -> None:
             shutil.copyfile(file, folder / file.name)
 
 
-def seal(folder: Path, record: dict[str, Any]) -> None:
-    """Write compress.json with the sha256 of every other file but those with clock times in them."""
-    files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in (RECORD, *TIMED))
-    write_json(folder / RECORD, {**record, "sha256": hash_files(files)})
+def seal(folder: Path, record: dict[str, Any], hashes: Mapping[str, str]) -> None:
+    """Write compress.json with the sha256 of every other file but those with clock times in them.
+
+    Args:
+        hashes: of the files that were hashed when they were written.
+    """
+    names = sorted(f.name for f in folder.iterdir() if f.is_file() and f.name not in (RECORD, *TIMED))
+    new = hash_files([folder / name for name in names if name not in hashes])
+    write_json(folder / RECORD, {**record, "sha256": {name: hashes.get(name) or new[name] for name in names}})
 
 
 def read_record(folder: Path) -> dict[str, Any] | None:

@@ -109,9 +109,15 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
         earlier = {} if job.fresh else journal.earlier()
         flow = start_flow(model, plan, job, journal.folder / "hidden.bin", earlier.get("batch_rows"))
         with clock("hash"):
-            done = journal.start(lambda: fingerprint(job, plan, sources.result(), model.dtype, flow), job.fresh)
+            done = journal.start(
+                lambda: fingerprint(job, plan, sources.result(), model.dtype, flow), job.fresh, sources.done
+            )
         with nullcontext() if flow is None else flow:
-            room = compress_blocks(job, model, plan, flow, journal, done, clock, progress)
+            try:
+                room = compress_blocks(job, model, plan, flow, journal, done, clock, progress)
+            finally:  # whatever stops the run
+                with clock("hash"):
+                    journal.settle()
         records, changed, notes = journal.everything(len(plan.blocks))
         with clock("write"):
             blocks = range(len(plan.blocks))
@@ -142,7 +148,7 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
         )  # fmt: skip
         for name, content in job.files.items():
             write_text(journal.final / name, content)
-        finish(result, journal.final)
+        finish(result, journal.final, hashes)
         journal.publish()
     if job.push_to is not None:
         progress(Status("upload", 0, 1, plan.layers, plan.layers))
@@ -228,7 +234,7 @@ def prove(
     hashes: dict[str, str],
 ) -> Proof:
     """Read the written folder back, and load it through its client. Raises CompressError for the first difference."""
-    proof = verify(folder, records, source, job.trust_remote_code, changed, hashes=hashes)
+    proof = verify(folder, records, source, job.trust_remote_code, changed, hashes=hashes, device=job.device)
     if not job.client:
         return proof
     text = None if job.text is None else job.text.tokens

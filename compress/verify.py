@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.ahead import in_order
+from compress.ahead import in_order, lane_to
 from compress.blocks import BlockModel, refuse_infinite
 from compress.checkpoint import Checkpoint, hash_files, tensor_bytes
 from compress.errors import CompressError
@@ -23,6 +24,9 @@ from compress.weights import Weights
 
 #: bytes that a weight takes at most while it is unpacked and dequantised
 _UNPACKING = 16
+#: layers that are unpacked on a GPU at the same time
+_AT_ONCE = 2
+_CPU = torch.device("cpu")
 _AGAIN = "run again with --fresh"
 _COPY = "copy the folder again"
 
@@ -59,6 +63,7 @@ def verify(
     changed: Mapping[str, str] | None = None,
     owned: Iterable[str] | None = None,
     hashes: Mapping[str, str] | None = None,
+    device: torch.device = _CPU,
 ) -> Proof:
     """Re-read a folder and compare.
 
@@ -68,13 +73,14 @@ def verify(
         changed: sha256 of the dense tensors that a transform replaced, by name.
         owned: tensors of the source that were packed anew; by default the weights of the layers in `records`.
         hashes: sha256 of the weight files as they were written, by name.
+        device: where layers are unpacked and dequantised.
 
     Raises:
         CompressError: the first difference.
     """
     wrong_files(folder, hashes or {}, _AGAIN)
     written = Weights(Checkpoint.open(folder))
-    layers(written, records, _AGAIN)
+    layers(written, records, _AGAIN, device=device)
     model = BlockModel(written, torch.float32, torch.device("cpu"), trust_remote_code)
     changed = changed or {}
     for name, sha in changed.items():
@@ -113,19 +119,35 @@ def layers(
     records: Sequence[Mapping[str, Any]],
     remedy: str,
     seen: Callable[[str, Tensor], None] | None = None,
+    device: torch.device = _CPU,
 ) -> None:
     """Raise CompressError unless the packed layers are those recorded and dequantise to what was recorded.
 
     Args:
-        seen: given each layer's name and dequantised weight [out, in].
+        seen: given each layer's name and dequantised weight [out, in], on the host.
+        device: where they are unpacked and dequantised, a few at once; one that has no room there, on the CPU.
     """
     expected = {str(r["name"]): r for r in records}
     if written.format_name is not None and written.packed != set(expected):
         wrong = sorted(written.packed ^ set(expected))[0]
         raise CompressError("packed in the files or in the records, not in both", wrong, remedy)
 
+    lane, room = lane_to(device), threading.Semaphore(_AT_ONCE)
+
+    def read(name: str) -> Tensor:
+        if device.type == "cpu":
+            return written.read(name)
+        try:
+            with room:
+                dense = lane.down(written.read(name, device))
+                mark = lane.mark()
+            mark.synchronize()
+        except torch.OutOfMemoryError:
+            dense = written.read(name)
+        return dense
+
     def check(name: str) -> tuple[str, Tensor | None]:
-        dense = written.read(name + ".weight")
+        dense = read(name + ".weight")
         if expected[name].get("transposed"):
             dense = dense.t().contiguous()
         if digest(dense) != expected[name].get("sha256_dense"):

@@ -177,6 +177,35 @@ def test_damaged_fingerprint(out: Path, how: str) -> None:
         assert journal.start(lambda: PRINT, fresh=True) == 0
 
 
+# --- what the run is
+
+
+def test_blocks_are_written_before_it_is_known_what_the_run_is(out: Path) -> None:
+    """They count from when it is."""
+    known = False
+
+    def fingerprint() -> dict[str, Any]:
+        nonlocal known
+        known = True
+        return PRINT
+
+    partial = out.with_name("out.partial")
+    with Journal(out, overwrite=False) as journal:
+        journal.start(fingerprint, False, lambda: known)
+        journal.settle()
+        assert not known, "no block is finished: nothing to be kept"
+        for i in range(2):
+            journal.add(i, *block(i))
+        assert not (partial / "fingerprint.json").exists()
+    with Journal(out, overwrite=False) as journal:
+        assert journal.start(fingerprint, False, lambda: known) == 0, "blocks of an unknown run"
+        journal.add(0, *block(0))
+        journal.settle()
+        journal.add(1, *block(1))
+    with Journal(out, overwrite=False) as journal:
+        assert journal.start(lambda: PRINT, fresh=False) == 2
+
+
 # --- what is not ours
 
 

@@ -9,7 +9,7 @@ import re
 import resource
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,13 +26,17 @@ if TYPE_CHECKING:
     from compress.job import Result
 
 
-def finish(result: Result, folder: Path) -> None:
-    """Write the records of a run into its output folder; the sha256 list comes last."""
+def finish(result: Result, folder: Path, hashes: Mapping[str, str]) -> None:
+    """Write the records of a run into its output folder; the sha256 list comes last.
+
+    Args:
+        hashes: sha256 of the weight files as they were written, by name.
+    """
     record = make_record(result)
     gguf = next((f.name for f in sorted(folder.glob("*.gguf"))), None)
     write_text(folder / "README.md", model_card(result, record, gguf))
     write_json(folder / "report.json", {**record, **timings(result)})
-    seal(folder, record)
+    seal(folder, record, hashes)
 
 
 def make_record(result: Result) -> dict[str, Any]:
