@@ -226,7 +226,7 @@ class Outbox:
     def __init__(self, lane: Lane, timed: Timed = untimed) -> None:
         self._lane, self._timed = lane, timed
         self._writer = ThreadPoolExecutor(1, "write-behind")
-        self._helpers = ThreadPoolExecutor(min(4, os.cpu_count() or 1), "write-behind-digest")
+        self._helpers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "write-behind-digest")
         self._writing: Future[None] | None = None
 
     def __enter__(self) -> Outbox:
@@ -330,7 +330,7 @@ def in_order(work: Callable[[S], T], things: Iterable[S], each: int = 0) -> Iter
 
     cores = os.cpu_count() or 1
     fit = psutil.virtual_memory().available // 4 // max(each, 1)
-    threads = int(max(1, min(cores, 8, fit)))
+    threads = int(max(1, min(cores, 16, fit)))
     before = torch.get_num_threads()
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads, "in-order", partial(torch.set_num_threads, max(1, before // threads))) as pool:

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 import threading
 from collections import Counter
@@ -44,6 +45,7 @@ _NAMES = {v: k for k, v in _DTYPES.items()}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _COPY_BYTES = 1 << 24
+_PIECE_BYTES = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -192,9 +194,20 @@ class Checkpoint:
         return sorted({t.file for t in self.tensors.values()})
 
     def fingerprint(self, stop: threading.Event | None = None) -> dict[str, str]:
-        """sha256 of config.json and of every weight file, by file name; `stop`: see `hash_files`."""
+        """What tells config.json and every weight file from any other, by file name.
+
+        Not their sha256 but that of the sha256 of their pieces, which are hashed in parallel: shards are few and large.
+
+        Args:
+            stop: once it is set, the hashing ends with CancelledError.
+        """
         config = self.folder / "config.json"
-        return hash_files([*([config] if config.is_file() else []), *self.files()], stop)
+        files = [*([config] if config.is_file() else []), *self.files()]
+        pieces = [(f, at) for f in files for at in range(0, max(f.stat().st_size, 1), _PIECE_BYTES)]
+        found: dict[str, Any] = {file.name: hashlib.sha256() for file in files}
+        for (file, _), digest in zip(pieces, _hashes(pieces, _PIECE_BYTES, stop), strict=True):
+            found[file.name].update(digest)
+        return {name: digest.hexdigest() for name, digest in found.items()}
 
 
 def read_into(file: Path, start: int, target: Tensor, what: str) -> None:
@@ -307,25 +320,34 @@ def _unpickle(file: Path, device: str) -> dict[str, Tensor]:
     return state
 
 
-def hash_files(paths: Sequence[Path], stop: threading.Event | None = None) -> dict[str, str]:
-    """sha256 of each file, by its name, hashed in parallel.
+def hash_files(paths: Sequence[Path]) -> dict[str, str]:
+    """sha256 of each file, by its name, hashed in parallel."""
+    return {path.name: digest.hex() for path, digest in zip(paths, _hashes([(p, 0) for p in paths]), strict=True)}
 
-    Args:
-        stop: once it is set, the hashing ends with CancelledError.
-    """
 
-    def one(path: Path) -> str:
+def _hashes(
+    parts: Sequence[tuple[Path, int]], nbytes: int = sys.maxsize, stop: threading.Event | None = None
+) -> list[bytes]:
+    """sha256 of at most `nbytes` of each file, from an offset on."""
+
+    def one(part: tuple[Path, int]) -> bytes:
+        path, start = part
         digest = hashlib.sha256()
         with path.open("rb", buffering=0) as f:
-            chunk = memoryview(bytearray(min(_COPY_BYTES, max(os.fstat(f.fileno()).st_size, 1))))
-            while got := f.readinto(chunk):
-                digest.update(chunk[:got])
+            left = min(nbytes, os.fstat(f.fileno()).st_size - start)
+            f.seek(start)
+            chunk = memoryview(bytearray(min(_COPY_BYTES, max(left, 1))))
+            got = -1
+            while left > 0 and got:
                 if stop is not None and stop.is_set():
                     raise CancelledError
-        return digest.hexdigest()
+                got = f.readinto(chunk[:left])
+                digest.update(chunk[:got])
+                left -= got
+        return digest.digest()
 
-    with ThreadPoolExecutor(max_workers=min(8, os.cpu_count() or 1)) as pool:
-        return dict(zip([p.name for p in paths], pool.map(one, paths), strict=True))
+    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
+        return list(pool.map(one, parts))
 
 
 def tensor_bytes(tensor: Tensor) -> memoryview:

@@ -117,6 +117,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODU
                 products_commit();
             }
             products_wait<0>();  // across chunks ptxas would not keep them apart; the other warpgroup fills the gap
+            __syncwarp();  // the other lanes have read, too
             if (lane == 0) barrier_arrive(empty + stage);
         }
         barrier_some(1, CONSUMERS);  // nobody reads the ring any more

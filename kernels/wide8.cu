@@ -90,6 +90,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(THREA
         };
         auto wait_full = [&](int i) { barrier_wait(full + i % STAGES, i / STAGES & 1); };
         auto release = [&](int i) {
+            __syncwarp();  // the other lanes have read, too
             if (lane == 0) barrier_arrive(empty + i % STAGES);
         };
         const int count = turn - begin;

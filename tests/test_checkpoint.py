@@ -158,13 +158,19 @@ def test_a_file_that_is_written_becomes_a_shard(tmp_path: Path, monkeypatch: pyt
     assert {p.name for p in tmp_path.iterdir()} == {"a", "b", "c", "rest", "out"}
 
 
-def test_hashing_can_be_stopped(tmp_path: Path) -> None:
+def test_hashes(tmp_path: Path, toy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "f").write_bytes(b"x" * 100)
+    (tmp_path / "empty").write_bytes(b"")
+    expected = {"f": hashlib.sha256(b"x" * 100).hexdigest(), "empty": hashlib.sha256().hexdigest()}
+    assert hash_files([tmp_path / "f", tmp_path / "empty"]) == expected
+    monkeypatch.setattr(checkpoint, "_PIECE_BYTES", 1000)
+    raw = (toy / "model.safetensors").read_bytes()
+    pieces = [hashlib.sha256(raw[i : i + 1000]).digest() for i in range(0, len(raw), 1000)]
     stop = threading.Event()
-    assert hash_files([tmp_path / "f"], stop)["f"] == hashlib.sha256(b"x" * 100).hexdigest()
+    assert Checkpoint.open(toy).fingerprint(stop)["model.safetensors"] == hashlib.sha256(b"".join(pieces)).hexdigest()
     stop.set()
     with pytest.raises(CancelledError):
-        hash_files([tmp_path / "f"], stop)
+        Checkpoint.open(toy).fingerprint(stop)
 
 
 def test_same_tensors_same_bytes(tmp_path: Path) -> None:

@@ -94,8 +94,8 @@ def notes(report: dict[str, Any]) -> list[str]:
         f"{sizes['parameters'] / 1e9:.3f} billion random weights, bfloat16; {s['bits']} bits, groups of {s['group']}; "
         f"{s['samples']} x {s['seq_len']} random token ids to calibrate on. {cache}",
         "Seconds: from loaded libraries and a device that is awake to a folder that was written, read back and "
-        "compared; no client loads it, and nothing is evaluated; before it: imports and the start of the device. Each run "
-        "is a process; process: from its start to its end. Device: the most that was allocated; "
+        "compared; no client loads it, and nothing is evaluated; before it: imports and the start of the device. "
+        "Each run is a process; process: from its start to its end. Device: the most that was allocated; "
         "reserved: the most that torch held; host: the most that was resident.",
         "s a block: with one number of blocks the seconds over the blocks; with more, by the line through the least "
         "and the most. Read + write: a thread reads each tensor once and writes as many bytes as the result has.",
