@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
 def report_command(
     folders: Annotated[
-        list[Path], typer.Argument(help="folders that compress wrote; files of `compress eval` that end in .json")
+        list[Path],
+        typer.Argument(help="folders that compress wrote, a sweep's too; files of `compress eval` that end in .json"),
     ],
     out: Annotated[
         Path, typer.Option("-o", "--out", help="the page; OUT.json and OUT.md are written beside it")
@@ -103,4 +104,4 @@ def sweep_command(model: str, ask: SweepAsk, options: Options, as_json: bool, qu
         return
     report.print_report(found)
     files = f"{sweep.out / 'sweep.json'}, {sweep.out / 'sweep.md'}"
-    print(f"written: {files}; a page of it: compress report {sweep.out}/*/ -o report.html")
+    print(f"written: {files}; a page of it: compress report {shlex.quote(str(sweep.out))}")

@@ -18,7 +18,9 @@ import compress
 from compress import cli, pipeline, stats
 from compress.errors import CompressError
 from compress.options import Options
+from compress.report import html
 from compress.report import sweep as report
+from compress.report.html.evaluations import swept
 from compress.sizes import parse_size
 from compress.stats import Shared
 from compress.sweep.front import Point, Wish, choose, front
@@ -153,6 +155,14 @@ def test_a_sweep_goes_on_where_it_stopped(sweep: Sweep, monkeypatch: pytest.Monk
     compress.run(sweep.model, compress.GPTQ(bits=4, group_size=32), alone, **settled)
     a, b = (compress.checkpoint.Checkpoint.open(f) for f in (alone, sweep.out / "gptq-4bit-g32"))
     assert all(torch.equal(a.read(n), b.read(n)) for n in a.tensors)
+    assert swept(sweep.out) == [sweep.out / name for name in names]
+    pages = {m.name: m.scores for m in html.gather(swept(sweep.out), [sweep.out / "sweep.json"]).models}
+    for name, (score,) in pages.items():
+        assert score.measured == "sweep.json"
+        assert score.kl is not None
+        assert score.original is not None
+        assert score.kl.value == by[name]["texts"][0]["kl"]["mean"]["value"]
+        assert score.original.value == found["base"]["texts"][0]["perplexity"]["value"]
     before = len(made)
     again = run(replace(sweep, wish=Wish(max_bytes=by["rtn-3bit-g32"]["bytes"])), lambda line: None)
     assert len(made) == before
@@ -180,6 +190,8 @@ def test_measured_and_discarded(sweep: Sweep, monkeypatch: pytest.MonkeyPatch, t
     assert any("rtn-4bit-g4096 is left out" in line for line in told)
     assert not (sweep.out / "rtn-4bit-g32").exists()
     assert found["choice"] is None
+    with pytest.raises(CompressError, match="the sweep kept none of 2 checkpoints"):
+        swept(sweep.out)
     assert "none of 1 keeps to KL at most 1e-09" in report.notes(found)
     with pytest.raises(CompressError, match="none of 1 settings can be tried"):
         run(replace(sweep, settings=odd[1:], out=tmp_path / "other"), told.append)

@@ -39,6 +39,7 @@ from typing import Any
 
 from compress.checkpoint import write_json, write_text
 from compress.errors import CompressError
+from compress.report.html.evaluations import SWEEP, swept
 from compress.report.html.facts import Facts
 from compress.report.html.gather import gather
 from compress.report.html.markdown import MARK, markdown
@@ -63,7 +64,7 @@ def write(
     """Gather and write OUT.html, OUT.json and OUT.md.
 
     Args:
-        folders: outputs of compress; what ends in .json among them is an evaluation.
+        folders: outputs of compress, of `compress sweep` too; what ends in .json among them is an evaluation.
 
     Returns:
         the files.
@@ -74,7 +75,14 @@ def write(
     library()
     targets = outputs(out)
     given = [*evaluated, *(path for path in folders if path.suffix == ".json")]
-    facts = gather([path for path in folders if path.suffix != ".json"], given, against, command, step)
+    runs: list[Path] = []
+    for folder in (path for path in folders if path.suffix != ".json"):
+        if (folder / SWEEP).is_file():
+            given.append(folder / SWEEP)
+            runs += swept(folder)
+        else:
+            runs.append(folder)
+    facts = gather(runs, given, against, command, step)
     made = page(facts)
     out.absolute().parent.mkdir(parents=True, exist_ok=True)
     write_text(targets[0], made)

@@ -16,6 +16,8 @@ from compress.report.html.tensors import number
 #: of `compress eval --out`
 SCHEMA = 1
 OWN = "the run itself"
+#: what `compress sweep` measured: its settings are models, otherwise as an evaluation
+SWEEP = "sweep.json"
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,26 @@ class Entry:
 def read(path: Path) -> File:
     """An evaluation file. Raises CompressError for another one."""
     values = read_json(path, "pass a file that compress eval wrote")
+    if values.get("kind") == "sweep":
+        measured = [s for s in values.get("settings") or () if isinstance(s, dict) and not s.get("refused")]
+        values |= {"kind": "evaluation", "models": measured}
     if values.get("kind") != "evaluation" or not isinstance(values.get("models"), list):
         raise CompressError("is not an evaluation", str(path), "pass a file that compress eval wrote")
     if values.get("schema") != SCHEMA:
         what = f"has schema {values.get('schema')!r}, this version reads {SCHEMA}"
         raise CompressError(what, str(path), "evaluate again, or use the compress that wrote it")
     return File(path, values)
+
+
+def swept(folder: Path) -> list[Path]:
+    """The checkpoints of a finished sweep. Raises CompressError when it kept none."""
+    found = read_json(folder / SWEEP, "give the sweep's command again").get("settings")
+    names = [str(s.get("name")) for s in found or () if isinstance(s, dict)]
+    there = [folder / name for name in names if Path(name).name == name and (folder / name).is_dir()]
+    if not there:
+        what = f"the sweep kept none of {len(names)} checkpoints"
+        raise CompressError(what, str(folder), "sweep without --discard")
+    return there
 
 
 def same(values: Mapping[str, Any], folder: Path) -> bool:
