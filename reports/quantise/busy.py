@@ -4,7 +4,7 @@
     python busy.py draw OUT.json OUT.png                                                   needs matplotlib
 
 The weights are random, in a published shape; the run is that of `compress bench quantise`, under torch's profiler.
-Busy: a kernel runs (copies do not count). The loop: from the first millisecond that is half busy to the last.
+Busy: a kernel runs (copies do not count). The loop: from the first product of matrices to the last.
 """
 
 from __future__ import annotations
@@ -98,9 +98,9 @@ def _fill(row: Any, begin: int, end: int) -> None:
 
 
 def loop(data: dict[str, Any]) -> tuple[int, int]:
-    """The milliseconds of the loop."""
-    busy = data["busy"]
-    live = [i for i, x in enumerate(busy) if x > 0.5]
+    """The milliseconds of the loop: what comes after it, reading back, has no products."""
+    products = data["busy_by_kind"][data["kinds"].index("products")]
+    live = [i for i, x in enumerate(products) if x > 0.1]
     return live[0], live[-1] + 1
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 
 #: a front is of at least two
 FEWEST = 2
+#: from so many models on a plot has the whole width
+_MANY = 8
+#: figures above so many times the least, and so many times the worst on the front, are drawn at the edge
+_FAR = (10, 3)
 #: where a label may stand, in pixels from its point: (x, y, side of the label that is there)
 _PLACES = [
     (9, 0, "left", "center"), (7, 10, "left", "center"), (7, -11, "left", "center"), (-9, 0, "right", "center"),
@@ -93,7 +97,7 @@ def draw(facts: Facts, wide: bool) -> Figure:
     """Both plots, beside or below each other."""
     panels = [name for name in ("kl", "perplexity") if len(points(facts, name)) >= FEWEST]
     with style():
-        across, down = (len(panels), 1) if wide else (1, len(panels))
+        across, down = (len(panels), 1) if wide and len(facts.models) < _MANY else (1, len(panels))
         made = figure(800 if wide else 350, (360 if wide else 310) * down)
         every = made.subplots(down, across, squeeze=False)
         for axes, name in zip(every.flat, panels, strict=True):
@@ -104,8 +108,17 @@ def draw(facts: Facts, wide: bool) -> Figure:
     return made
 
 
+def _shown(facts: Facts, name: str) -> tuple[list[Point], float]:
+    """The points as they are drawn, those too far up at the edge, and where that is."""
+    found = points(facts, name)
+    least = min((p.quality.value for p in found if p.quality.value > 0), default=float("inf"))
+    edge = max(_FAR[0] * least, *(_FAR[1] * p.quality.value for p in found if p.front))
+    near = [p if p.quality.value <= edge else replace(p, quality=Estimate(edge)) for p in found]
+    return near, edge
+
+
 def _panel(axes: Axes, facts: Facts, name: str) -> None:
-    found, base = points(facts, name), originals(facts)
+    (found, edge), base = _shown(facts, name), originals(facts)
     values = [p.quality.value for p in found]
     ends = [v for p in found for v in (p.quality.low, p.quality.high) if v is not None]
     positive = [v for v in values if v > 0]
@@ -120,8 +133,8 @@ def _panel(axes: Axes, facts: Facts, name: str) -> None:
     )  # fmt: skip
     for p in found:
         axes.plot(
-            p.size, p.quality.value, "o", markersize=7, markeredgewidth=1.4, markeredgecolor=colour("accent"),
-            markerfacecolor=colour("accent" if p.front else "paper"), zorder=3,
+            p.size, p.quality.value, "^" if p.quality.value == edge else "o", markersize=7, markeredgewidth=1.4,
+            markeredgecolor=colour("accent"), markerfacecolor=colour("accent" if p.front else "paper"), zorder=3,
         )  # fmt: skip
     _scale(axes, [p.size for p in found] + ([base.size] if base else []), [*values, *ends], log, name)
     if base is not None:
@@ -171,8 +184,12 @@ def _mark(axes: Axes, base: Point, name: str) -> None:
 
 def _label(axes: Axes, facts: Facts, name: str, longest: int) -> None:
     """Names beside their points, each at the free place that is first in _PLACES."""
-    found, base = points(facts, name), originals(facts)
-    named = [(p.size, p.quality.value, cut(p.name, longest), "ink" if p.front else "soft") for p in found]
+    (found, edge), base = _shown(facts, name), originals(facts)
+    real = {p.name: p.quality.value for p in points(facts, name)}
+    named = []
+    for p in found:
+        beyond = f", {real[p.name]:.2g}" if p.quality.value == edge else ""
+        named.append((p.size, p.quality.value, cut(p.name, longest) + beyond, "ink" if p.front else "soft"))
     if base is not None:
         at = base.quality.value if name == "perplexity" else axes.get_ylim()[0]
         named.append((base.size, at, "original" + (", 0" if name == "kl" else f", {perplexity(at)}"), "soft"))
@@ -188,7 +205,8 @@ def _label(axes: Axes, facts: Facts, name: str, longest: int) -> None:
         y = float(spots[-1][1])
         taken.append((limits.x0, y - 1, float(spots[-1][0]) - 6, y + 1))
     taken += _line([axes.transData.transform((p.size, p.quality.value)) for p in found if p.front])
-    for i in sorted(range(len(named)), key=lambda i: -named[i][0]):  # of a cluster the last has room to its right
+    front = {i for i, p in enumerate(found) if p.front}
+    for i in sorted(range(len(named)), key=lambda i: (i not in front, -named[i][0])):  # the last has room to its right
         x, y, text, tone = named[i]
         best = None
         for dx, dy, ha, va in _PLACES:
@@ -211,7 +229,10 @@ def _label(axes: Axes, facts: Facts, name: str, longest: int) -> None:
             if cost == 0:
                 break
         assert best is not None
-        taken.append(best[2])
+        if best[0] > 0 and i < len(found) and not found[i].front:
+            best[1].remove()  # the table has its name
+        else:
+            taken.append(best[2])
 
 
 def _line(corners: Sequence[Any]) -> list[tuple[float, ...]]:
