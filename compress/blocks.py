@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -378,15 +378,38 @@ class BlockModel:
         if block == len(self._blocks):
             self.logits(hidden, torch.zeros(shape, dtype=torch.int64))
             return hidden
+        fused = [(self.model.get_parameter(p).data, slices) for p, slices in self._experts_packed.items()]
+        with computing.Experts(fused) if fused else contextlib.nullcontext():
+            return self._called(block, hidden, shape, self._blocks[block])
+
+    def output(
+        self, block: int, hidden: Tensor, shape: tuple[int, int], weights: Sequence[tuple[Linear, Tensor]]
+    ) -> Tensor:
+        """`run` with other weights [out, in] in place of some of the block's own; differentiable in them."""
+        prefix = len(self.block_names[block]) + 1
+        given: dict[str, Tensor] = {}
+        for linear, weight in weights:
+            if linear.expert is None:
+                given[linear.param[prefix:]] = weight.t() if linear.transposed else weight
+            else:
+                whole = given.get(linear.param[prefix:])
+                if whole is None:
+                    whole = given[linear.param[prefix:]] = self.model.get_parameter(linear.param).detach().clone()
+                whole[linear.expert, linear.first_row : linear.first_row + linear.shape[0]] = weight
+        module = self._blocks[block]
+        return self._called(
+            block, hidden, shape, lambda *args, **kwargs: torch.func.functional_call(module, given, args, kwargs)
+        )
+
+    def _called(self, block: int, hidden: Tensor, shape: tuple[int, int], function: Callable[..., Any]) -> Tensor:
+        """What the block, or what stands in for it, returns when it is called as the model calls it."""
         if shape not in self._calls:  # how a block is called depends on nothing else
             self.embed(torch.zeros(shape, dtype=torch.int64))
         call = self._calls[shape][block]
-        fused = [(self.model.get_parameter(p).data, slices) for p, slices in self._experts_packed.items()]
-        with computing.Experts(fused) if fused else contextlib.nullcontext():
-            if call.keyword:
-                out = self._blocks[block](*call.args, hidden_states=hidden, **call.kwargs)
-            else:
-                out = self._blocks[block](hidden, *call.args, **call.kwargs)
+        if call.keyword:
+            out = function(*call.args, hidden_states=hidden, **call.kwargs)
+        else:
+            out = function(hidden, *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 

@@ -181,8 +181,16 @@ class Activations:
         self.size = self.rows = size
         self._notes: list[str] = []
         self._model = model
+        self._room = (held, low_memory, free)
         nbytes = tokens.numel() * model.hidden_size * model.dtype.itemsize
         self._states = HiddenStates(model.device, spill, choose_tier(nbytes, model.device, held, low_memory, free))
+
+    def beside(self, spill: Path) -> Activations:
+        """The same rows in batches of the same size, on a way of their own."""
+        held, low_memory, free = self._room
+        taken = self.tokens.numel() * self._model.hidden_size * self._model.dtype.itemsize
+        held = None if held is None else held + (taken if self.tier == "device" else 0)
+        return Activations(self._model, self.tokens, self.size, spill, held, low_memory, free)
 
     def __len__(self) -> int:
         return -(-len(self.tokens) // self.size)

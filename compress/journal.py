@@ -24,7 +24,9 @@ from compress.errors import CompressError
 
 _FRESH = "pass --fresh to start over"
 #: what a run leaves in its work folder; a folder that holds anything else is not deleted
-_OURS = re.compile(r"(fingerprint\.json|block-\d+\.(safetensors|json)|hidden\.bin)(\.tmp)?|final|replaced")
+_OURS = re.compile(
+    r"(fingerprint\.json|block-\d+\.(safetensors|json)|hidden\.bin|original\.bin)(\.tmp)?|final|replaced"
+)
 
 
 def check_output(out: Path, overwrite: bool, source: Path | None = None) -> None:

@@ -108,13 +108,14 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
     ):
         earlier = {} if job.fresh else journal.earlier()
         flow = start_flow(model, plan, job, journal.folder / "hidden.bin", earlier.get("batch_rows"))
+        dense = flow.beside(journal.folder / "original.bin") if flow is not None and plan.needs.outputs else None
         with clock("hash"):
             done = journal.start(
                 lambda: fingerprint(job, plan, sources.result(), model.dtype, flow), job.fresh, sources.done
             )
-        with nullcontext() if flow is None else flow:
+        with nullcontext() if flow is None else flow, nullcontext() if dense is None else dense:
             try:
-                room = compress_blocks(job, model, plan, flow, journal, done, clock, progress)
+                room = compress_blocks(job, model, plan, flow, dense, journal, done, clock, progress)
             finally:  # whatever stops the run
                 with clock("hash"):
                     journal.settle()
@@ -162,6 +163,7 @@ def compress_blocks(
     model: BlockModel,
     plan: Plan,
     flow: Activations | None,
+    dense: Activations | None,
     journal: Journal,
     done: int,
     clock: Clock,
@@ -171,14 +173,17 @@ def compress_blocks(
 
     While a block is worked on, the tensors of the next one are read, and what is finished of the one before is written.
 
+    Args:
+        dense: the calibration rows on their way through the original model, where a refiner asks for them.
+
     Returns:
         where what was kept, for the report.
     """
     total, layers = len(plan.blocks), 0
     waiting = place_ahead(job, plan)
-    if flow is not None:
+    for rows in filter(None, (flow, dense)):
         with clock("forward"):
-            flow.enter()
+            rows.enter()
     survey = survey_model(model, plan, flow, clock, waiting) if flow is not None and plan.needs.survey else {}
     needed = [block for block in range(total) if block >= done or (flow is not None and block + 1 < total)]
     with model.ahead(needed, waiting, clock.beside) as ahead, Outbox(lane_to(job.device), clock.beside) as outbox:
@@ -187,11 +192,14 @@ def compress_blocks(
                 outbox.check()
                 with clock("load"):
                     model.load(block, ahead.take(block))
+                if dense is not None and block < len(model.block_names):
+                    with clock("forward"):
+                        dense.advance(block)
                 if block < done:
                     restore(model, journal, plan, block, flow)
                 else:
                     made = compress_block(
-                        model, plan, block, flow, survey, job.true_sequential, clock, outbox, job.shared
+                        model, plan, block, flow, survey, job.true_sequential, clock, outbox, job.shared, dense
                     )
                     if flow is not None:
                         made.rows = flow.rows

@@ -18,7 +18,7 @@ from compress.formats import DEFAULT, FORMATS, OWN
 from compress.formats.base import Format, Held
 from compress.gguf import writer as gguf_writing
 from compress.recipe import Recipe, Where, chained
-from compress.types import Needs, Pass, Storage, Transform
+from compress.types import Needs, Pass, Refiner, Storage, Transform
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,9 @@ class Plan:
         """For each step of the recipe, how many layers it takes (a transform: those of the blocks that it is for)."""
         counts = []
         for step in self.recipe.steps:
-            if isinstance(step.method, Transform):
+            if isinstance(step.method, Refiner):
+                counts.append(sum(any(p.needs.outputs for p in passes) for passes in self.choice.values()))
+            elif isinstance(step.method, Transform):
                 total = len(self.blocks)
                 counts.append(sum(len(b) for i, b in enumerate(self.blocks) if step.where.holds("", i, total)))
             else:
@@ -218,7 +220,9 @@ def _settle(
     steps = []
     for i, step in enumerate(recipe.steps):
         method = step.method
-        if isinstance(method, Transform):
+        if isinstance(method, Refiner):
+            pass
+        elif isinstance(method, Transform):
             step = replace(step, method=method.settle(sorted({x.shape[1] for block in chosen for x in block})))
         elif method is not None:
             mine = [x for block in chosen for x in block if any(p is method for p in choice[x.name])]

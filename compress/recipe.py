@@ -28,8 +28,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compress.errors import CompressError
-from compress.passes import known, load
-from compress.types import Needs, Pass, Storage, Transform, settings
+from compress.passes import REFINERS, known, load, load_refiner
+from compress.types import Needs, Pass, Refiner, Storage, Transform, settings
 
 KEEP = "keep"
 
@@ -79,7 +79,7 @@ def blocks_of(text: str, count: int) -> set[int]:
 class Step:
     """One line of a recipe. method: None keeps the layers as they are."""
 
-    method: Pass | Transform | None
+    method: Pass | Transform | Refiner | None
     where: Where = Where()
 
     @property
@@ -118,18 +118,26 @@ class Recipe:
 
     @property
     def passes(self) -> list[Pass]:
-        return [s.method for s in self.steps if s.method is not None and not isinstance(s.method, Transform)]
+        return [s.method for s in self.steps if s.method is not None and not isinstance(s.method, Transform | Refiner)]
 
     @property
     def transforms(self) -> list[Step]:
         return [s for s in self.steps if isinstance(s.method, Transform)]
 
     @property
+    def refiner(self) -> Refiner | None:
+        """What tunes the layers whose passes ask for it: a step of its own, else the first of REFINERS as it is."""
+        if not any(p.needs.outputs for p in self.passes):
+            return None
+        given = [s.method for s in self.steps if isinstance(s.method, Refiner)]
+        return given[0] if given else load_refiner(next(iter(REFINERS)))()
+
+    @property
     def needs(self) -> Needs:
         """What all steps need together. Raises CompressError for two thresholds of the same statistic."""
         total = Needs()
         for step in self.steps:
-            if step.method is None:
+            if step.method is None or isinstance(step.method, Refiner):
                 continue
             mine = step.method.needs
             if None not in (total.above, mine.above) and total.above != mine.above:
@@ -151,7 +159,7 @@ class Recipe:
         prunes: Pass | None = None
         rounds: Pass | None = None
         for step in self.steps:
-            if isinstance(step.method, Transform) or not step.where.holds(name, block, count):
+            if isinstance(step.method, Transform | Refiner) or not step.where.holds(name, block, count):
                 continue
             if step.method is None:
                 break
@@ -196,7 +204,7 @@ def chained(passes: tuple[Pass, ...]) -> Storage:
 
 
 def parse(line: str) -> Pass | Transform:
-    """A step from "rtn bits=4 symmetric=false". Raises CompressError."""
+    """A method from "rtn bits=4 symmetric=false". Raises CompressError."""
     name, given = _words_of(line)
     return build(name, given, line)
 
@@ -251,7 +259,12 @@ def build(name: str, given: Mapping[str, Any], where: str = "") -> Pass | Transf
     where = where or name
     if name not in known():
         raise CompressError(f"no method {name!r}", where, f"there are {', '.join(known())}")
-    cls: type[Any] = load(name)
+    made: Pass | Transform = _built(load(name), name, given, where)
+    return made
+
+
+def _built(cls: type[Any], name: str, given: Mapping[str, Any], where: str) -> Any:
+    """A settings dataclass with some of its fields. Raises CompressError for another field, or another value."""
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     values = {}
@@ -260,8 +273,7 @@ def build(name: str, given: Mapping[str, Any], where: str = "") -> Pass | Transf
         if plain not in fields:
             raise CompressError(f"{name} has no setting {key!r}", where, f"it has {', '.join(fields)}")
         values[plain] = fitting(value, hints[plain], f"{where}: {key}")
-    made: Pass | Transform = cls(**values)
-    return made
+    return cls(**values)
 
 
 def fitting(value: Any, hint: Any, where: str) -> Any:
@@ -335,6 +347,12 @@ def make_recipe(found: Any, name: str, where: str) -> Recipe:
         recipe = replace(recipe, steps=(*steps, Step(parse(last.then))))
     elif any("then" in _given(value) for value in found["steps"]):
         raise CompressError("then is for a transform alone; here the steps say what follows", where, "leave it out")
+    refiners = [s.name for s in recipe.steps if isinstance(s.method, Refiner)]
+    if len(refiners) > 1:
+        raise CompressError(f"{len(refiners)} steps tune the same blocks", where, "leave one of them")
+    if refiners and recipe.refiner is None and recipe.passes:
+        what = f"{refiners[0]} has nothing to tune: no step has quality: best"
+        raise CompressError(what, where, "add it to a step, as in gptq: {bits: 4, quality: best}")
     if not recipe.passes:
         raise CompressError("no step rounds or prunes anything", where, "add one such as gptq: {bits: 4}")
     return recipe
@@ -366,6 +384,11 @@ def _step(value: Any, where: str) -> Step:
         if given:
             raise CompressError(f"keep has no setting {next(iter(given))!r}", where, "it has layers, exclude, blocks")
         return Step(None, place)
+    if name in REFINERS:
+        if any(vars(place).values()):
+            what = f"{name} tunes whole blocks, those with layers of quality: best"
+            raise CompressError(what, where, "leave layers, exclude and blocks out")
+        return Step(_built(load_refiner(name), str(name), given, where))
     method = build(str(name), given, where)
     if isinstance(method, Transform) and (place.layers or place.exclude):
         raise CompressError(f"{name} rescales whole blocks", where, "choose them with blocks, not with layers")

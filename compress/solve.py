@@ -22,7 +22,9 @@ from compress.job import Clock
 from compress.packed.sparse import Sparse
 from compress.packed.uniform import UniformGrid
 from compress.plan import Plan
-from compress.types import LayerStats, Pass, Solved, Transform
+from compress.refiners.task import BlockTask
+from compress.solvers.hessian import row_losses
+from compress.types import LayerStats, Packed, Pass, Refined, Solved, Transform
 from compress.verify import digest
 
 #: for each layer of a block that asked for a survey, the share of tokens above the threshold in every block
@@ -92,11 +94,13 @@ def compress_block(
     clock: Clock,
     outbox: Outbox,
     shared: stats.Shared | None = None,
+    targets: Activations | None = None,
 ) -> Block:
     """Compress every chosen layer of a loaded block, in place; what is to be stored goes to the host by `outbox`.
 
     Args:
         shared: what other runs on the same rows found out about the first block, or will be given.
+        targets: what leaves the block in the original model, for the recipe's refiner; None: nothing is refined.
     """
     linears = plan.blocks[block]
     done = Block()
@@ -107,6 +111,7 @@ def compress_block(
     if plan.recipe.transforms and block < len(model.block_names):
         with clock("fold"):
             inputs = _transform(model, plan, block, inputs, flow, folds, done)
+    waiting: list[Layer] = []  # for the refiner
     for position in range(len(inputs)):
         group = inputs[position]
         if flow is not None and true_sequential and position and group.stage != inputs[position - 1].stage:
@@ -115,11 +120,24 @@ def compress_block(
             group = inputs[position]
         for part in _together(plan, group):
             with clock("solve"):
-                solved = _solve(model, plan, part, folds, survey)
+                solved = _solve(model, plan, part, folds, survey, keep=targets is not None)
             with clock("pack"):
-                for linear, rows, sums in _slices(part, solved):
-                    _store(model, plan, linear, part.stats, solved, rows, sums, done, outbox)
-                    _correct_bias(model, block, linear, part.stats, folds, done, outbox)
+                for layer in solved:
+                    dense = model.set_packed(layer.linear, layer.packed)
+                    if targets is not None:
+                        waiting.append(layer)
+                    else:
+                        _store(model, plan, layer, dense, done, outbox)
+                        _correct_bias(model, block, layer.linear, part.stats, folds, done, outbox)
+    if waiting:
+        assert flow is not None
+        assert targets is not None
+        with clock("refine"):
+            waiting = _refine(model, plan, block, waiting, flow, targets, done)
+        with clock("pack"):
+            for layer in waiting:
+                _store(model, plan, layer, model.set_packed(layer.linear, layer.packed), done, outbox)
+                _correct_bias(model, block, layer.linear, layer.stats, folds, done, outbox)
     done.notes = done.words + done.notes
     if done.unbiased:
         done.notes.append("bias correction: a layer without a bias has nothing to take it")
@@ -136,12 +154,13 @@ def _inputs(
     shared: stats.Shared | None = None,
 ) -> list[stats.Inputs]:
     """The layers by common input, with statistics where a step needs them."""
-    watched = [x for x in linears if plan.recipe.transforms or any(p.needs for p in plan.choice[x.name])]
+    watched = [x for x in linears if plan.recipe.transforms or any(p.needs.statistics for p in plan.choice[x.name])]
+    needs = plan.needs.statistics
     found: list[stats.Inputs] = []
     if flow is not None and watched:
-        collect = partial(stats.collect, model, block, watched, flow, plan.needs, clock)
+        collect = partial(stats.collect, model, block, watched, flow, needs, clock)
         with clock("forward"):
-            found = collect() if shared is None else shared.get(plan.needs, watched, collect)
+            found = collect() if shared is None else shared.get(needs, watched, collect)
     known = {x.name for group in found for x in group.linears}
     return found + [stats.Inputs([x], LayerStats(0)) for x in linears if x.name not in known]
 
@@ -159,16 +178,42 @@ def _together(plan: Plan, group: stats.Inputs) -> Iterator[stats.Inputs]:
             yield stats.Inputs(linears, group.stats)
 
 
-def _solve(model: BlockModel, plan: Plan, part: stats.Inputs, folds: Folds, survey: Survey) -> Solved:
-    """Run the passes on the rows of all layers of a part; errors name the layers."""
+@dataclass(frozen=True)
+class Layer:
+    """One solved layer.
+
+    Attributes:
+        solved: of all layers that were solved together.
+        packed: its rows of that; what a refiner made of them.
+        loss, norm: sums over its rows.
+        weight: float32 [out, in], what the passes were given; None where nobody will ask.
+    """
+
+    linear: Linear
+    stats: LayerStats
+    solved: Solved
+    packed: Packed
+    loss: float
+    norm: float
+    weight: Tensor | None = None
+
+
+def _solve(model: BlockModel, plan: Plan, part: stats.Inputs, folds: Folds, survey: Survey, keep: bool) -> list[Layer]:
+    """Run the passes on the rows of all layers of a part; errors name the layers. keep: their weights, too."""
     weight = torch.cat([folds.weight(model, linear) for linear in part.linears])
     spread = survey.get(part.linears[0].name)
     given = part.stats if spread is None else replace(part.stats, spread=spread)
     try:
-        return run_passes(plan.choice[part.linears[0].name], weight, given, plan.scale_dtype)
+        solved = run_passes(plan.choice[part.linears[0].name], weight, given, plan.scale_dtype)
     except CompressError as error:
         names = ", ".join(linear.name for linear in part.linears)
         raise CompressError(error.what, error.where or f"layer {names}", error.remedy) from None
+    return [
+        Layer(
+            linear, part.stats, solved, solved.packed.rows(rows.start, rows.stop), *sums, weight[rows] if keep else None
+        )
+        for linear, rows, sums in _slices(part, solved)
+    ]
 
 
 def run_passes(passes: tuple[Pass, ...], weight: Tensor, given: LayerStats, dtype: torch.dtype) -> Solved:
@@ -205,40 +250,61 @@ def _slices(part: stats.Inputs, solved: Solved) -> Iterator[tuple[Linear, slice,
     yield from zip(part.linears, rows, zip(figures[::2], figures[1::2], strict=True), strict=True)
 
 
-def _store(
+def _refine(
     model: BlockModel,
     plan: Plan,
-    linear: Linear,
-    layer_stats: LayerStats,
-    solved: Solved,
-    rows: slice,
-    sums: tuple[float, float],
+    block: int,
+    layers: list[Layer],
+    flow: Activations,
+    targets: Activations,
     done: Block,
-    outbox: Outbox,
-) -> None:
-    """Put a solved layer into the block and its tensors and record into `done`."""
-    part = solved.packed.rows(rows.start, rows.stop)
-    dense = model.set_packed(linear, part)
-    packed = plan.format.pack(part)
+) -> list[Layer]:
+    """Tune those layers of the block whose passes ask for it; the others stay as they are."""
+    refiner = plan.recipe.refiner
+    mine = [x for x in layers if any(p.needs.outputs for p in plan.choice[x.linear.name])]
+    if refiner is None or not mine or block >= len(model.block_names):
+        return layers
+    if any(x.packed.storage.activations for x in layers):
+        done.notes.append(f"{refiner.name}: blocks with quantised activations are not refined")
+        return layers
+    packed = {x.linear.name: x.packed for x in mine}
+    weights = {x.linear.name: x.weight for x in mine if x.weight is not None}
+    linears = [x.linear for x in mine]
+
+    def work() -> Refined:
+        return refiner.refine(packed, weights, BlockTask(model, block, linears, flow, targets), block)
+
+    found = flow.within(work)
+    done.notes += found.notes
+    share = found.after / found.before if found.before > 0 else 1.0
+    return [_remeasured(x, found.packed[x.linear.name], share) if x in mine else x for x in layers]
+
+
+def _remeasured(layer: Layer, packed: Packed, share: float) -> Layer:
+    """The layer with what a refiner made of it, and its loss anew."""
+    assert layer.weight is not None
+    error = layer.weight - packed.dequantize().float()
+    hessian = layer.stats.hessian
+    loss = error.square().sum() if hessian is None else row_losses(error, hessian).sum()
+    solved = replace(layer.solved, figures={**layer.solved.figures, "refined": share})
+    return replace(layer, solved=solved, packed=packed, loss=float(loss), weight=None)
+
+
+def _store(model: BlockModel, plan: Plan, layer: Layer, dense: Tensor, done: Block, outbox: Outbox) -> None:
+    """Put the tensors and the record of a layer that the block computes with, `dense` [out, in], into `done`."""
+    linear = layer.linear
+    packed = plan.format.pack(layer.packed)
     if linear.transposed and not plan.format.quantised:
         packed = {s: t.t().contiguous() for s, t in packed.items()}  # as the model keeps it
     stored = {f"{linear.name}.{s}": outbox.host(t) for s, t in packed.items()}
     done.tensors |= stored
     done.digests[linear.name] = outbox.later("digest", digest, dense)
-    done.records.append(_record(plan, linear, layer_stats, solved, sums, stored, dense))
+    done.records.append(_record(plan, layer, stored, dense))
 
 
-def _record(
-    plan: Plan,
-    linear: Linear,
-    layer_stats: LayerStats,
-    solved: Solved,
-    sums: tuple[float, float],
-    stored: dict[str, Tensor],
-    dense: Tensor,
-) -> dict[str, Any]:
+def _record(plan: Plan, layer: Layer, stored: dict[str, Tensor], dense: Tensor) -> dict[str, Any]:
     """What the report says of one layer, but for the sha256 of its dequantised weight."""
-    loss, norm = sums
+    linear, layer_stats, solved, loss, norm = layer.linear, layer.stats, layer.solved, layer.loss, layer.norm
     if not math.isfinite(loss) or not math.isfinite(norm):
         what = f"its error overflows float32 (weights up to {float(dense.abs().max()):.1e})"
         raise CompressError(what, f"layer {linear.name}", f"--exclude '{linear.name}' leaves it dense")

@@ -21,21 +21,33 @@ class Needs:
         ranges: of each feature the largest and the mean magnitude, and the mean.
         above: the share of tokens in which a feature's magnitude reaches this number.
         survey: the same share over the blocks of the model, from a run through all of them before any is compressed.
+        outputs: what the block makes in the original model, for a refiner that tunes what a pass solved.
     """
 
     hessian: bool = False
     ranges: bool = False
     above: float | None = None
     survey: bool = False
+    outputs: bool = False
 
     def __bool__(self) -> bool:
-        return self.hessian or self.ranges or self.above is not None or self.survey
+        return self.hessian or self.ranges or self.above is not None or self.survey or self.outputs
+
+    @property
+    def statistics(self) -> Needs:
+        """What is to be known of the layers' inputs."""
+        return replace(self, outputs=False)
 
     def __or__(self, other: Needs) -> Needs:
         if self.above is not None and other.above is not None and self.above != other.above:
             raise ValueError("one threshold a run")
-        above = self.above if other.above is None else other.above
-        return Needs(self.hessian or other.hessian, self.ranges or other.ranges, above, self.survey or other.survey)
+        return Needs(
+            self.hessian or other.hessian,
+            self.ranges or other.ranges,
+            self.above if other.above is None else other.above,
+            self.survey or other.survey,
+            self.outputs or other.outputs,
+        )
 
 
 @dataclass(frozen=True)
@@ -322,6 +334,69 @@ class Transform(Protocol):
         ...
 
 
+class Task(Protocol):
+    """What a block is to do, as a refiner sees it: pieces of the calibration rows with the original's output.
+
+    Attributes:
+        dtype: in which the block computes.
+    """
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __len__(self) -> int:
+        """How many pieces there are."""
+        ...
+
+    def piece(self, i: int) -> tuple[Tensor, Tensor]:
+        """[rows, seq, hidden] twice: what enters the block in the compressed model, what leaves it in the original."""
+        ...
+
+    def output(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        """[rows, seq, hidden]: what the block makes of `inputs` with these weights [out, in] in place of its own.
+
+        Differentiable in the weights, which are of `dtype`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Refined:
+    """What a refiner made of the packed layers of a block.
+
+    Attributes:
+        packed: by name, of the kind that was given.
+        before, after: mean squared error of the block's output on pieces that the tuning did not see.
+        notes: what the report must say.
+    """
+
+    packed: Mapping[str, Packed]
+    before: float
+    after: float
+    notes: tuple[str, ...] = ()
+
+
+@runtime_checkable
+class Refiner(Protocol):
+    """A step that tunes the packed layers of a whole block to the original's output; a settings dataclass like a pass.
+
+    It runs on the layers whose pass asks for `Needs.outputs`.
+    """
+
+    name: ClassVar[str]
+    paper: ClassVar[str]
+
+    def refine(self, layers: Mapping[str, Packed], weights: Mapping[str, Tensor], task: Task, seed: int) -> Refined:
+        """Tune the layers of one block.
+
+        Args:
+            layers: as the passes solved them, by name.
+            weights: float32 [out, in] of each, what the passes were given.
+            seed: of the order of the pieces.
+        """
+        ...
+
+
 def settings(value: Any) -> dict[str, Any]:
     """The fields of a settings dataclass as plain JSON values (which hold no infinity: it becomes "inf")."""
     plain = asdict(value)
@@ -330,4 +405,5 @@ def settings(value: Any) -> dict[str, Any]:
 
 def defaults(value: Any) -> dict[str, Any]:
     """What the fields of a settings dataclass are when nobody sets them, by name."""
-    return {f.name: f.default for f in fields(value)}
+    made = type(value)()
+    return {f.name: getattr(made, f.name) for f in fields(value)}

@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
-    from compress.types import Pass, Transform
+    from compress.types import Pass, Refiner, Transform
 
 GROUP = "compress.passes"
 
@@ -43,6 +43,11 @@ PASSES: dict[str, Entry] = {
     "awq": Entry("compress.passes.awq", "AWQ", "AWQ: rescale what large activations meet, then round"),
 }
 
+#: steps of a recipe that tune what passes solved; `--quality best` brings the first
+REFINERS: dict[str, Entry] = {
+    "refine": Entry("compress.refiners.refine", "Refine", "tune whole blocks to the original's output"),
+}
+
 
 @cache
 def known() -> dict[str, Entry]:
@@ -60,4 +65,11 @@ def load(name: str) -> type[Pass] | type[Transform]:
     """The class registered under `name`. Raises KeyError."""
     entry = known()[name]
     found: type[Pass] | type[Transform] = getattr(import_module(entry.module), entry.cls)
+    return found
+
+
+def load_refiner(name: str) -> type[Refiner]:
+    """The refiner registered under `name`. Raises KeyError."""
+    entry = REFINERS[name]
+    found: type[Refiner] = getattr(import_module(entry.module), entry.cls)
     return found

@@ -32,6 +32,7 @@ from compress import grid
 from compress.errors import CompressError
 from compress.grid import Grid
 from compress.packed.uniform import UniformGrid, group_index
+from compress.passes.quality import Quality, quality_field, settle_quality
 from compress.solvers import columns, kernel, obq
 from compress.solvers.columns import blocks
 from compress.solvers.hessian import prepare, refit_kept, refit_scales, row_losses, runs, unvisit
@@ -48,7 +49,6 @@ class GPTQ:
 
     name: ClassVar[str] = "gptq"
     paper: ClassVar[str] = "Frantar, Ashkboos, Hoefler, Alistarh: GPTQ, ICLR 2023"
-    needs: ClassVar[Needs] = Needs(hessian=True)
     row_unit: ClassVar[int] = 1
 
     bits: int = field(default=4, metadata={"help": "bits a weight, 2 to 8"})
@@ -69,8 +69,17 @@ class GPTQ:
     scale_search: bool = field(
         default=True, metadata={"help": "search each group's scale under the error weighted by H's diagonal"}
     )
-    refit: bool = field(default=True, metadata={"help": "least-squares refit of the group scales to the codes"})
-    descent: int = field(default=1, metadata={"help": "sweeps of coordinate descent over the codes after GPTQ"})
+    quality: Quality = quality_field()
+    refit: bool | None = field(
+        default=None,
+        metadata={
+            "help": "least-squares refit of the group scales to the codes; default: by --quality",
+            "off": "no-refit",
+        },
+    )
+    descent: int | None = field(
+        default=None, metadata={"help": "sweeps of coordinate descent over the codes; default: by --quality, 0 or 1"}
+    )
     tf32: bool = field(
         default=False, metadata={"help": "on a GPU, TF32 products in the loops: faster; codes move, the loss does not"}
     )
@@ -86,13 +95,14 @@ class GPTQ:
     )
 
     def __post_init__(self) -> None:
+        settle_quality(self)
         if not 2 <= self.bits <= 8:
             raise CompressError(f"bits {self.bits} is out of range", "--bits", "use 2 to 8")
         if self.damp_percent <= 0 or not self.damp_percent < float("inf"):
             raise CompressError(f"damp percent {self.damp_percent} is out of range", "--damp-percent", "try 0.01")
         if self.block_size < 1:
             raise CompressError(f"block size {self.block_size} is out of range", "--block-size", "try 128")
-        if self.descent < 0:
+        if self._sweeps < 0:
             raise CompressError(f"{self.descent} sweeps is out of range", "--descent", "use 0 or more")
         if self.act_order not in ("static", "groups", "none"):
             raise CompressError(f"no act order {self.act_order!r}", "--act-order", "use static, groups or none")
@@ -115,6 +125,15 @@ class GPTQ:
         if self.activations != "none":
             return replace(self, group_size=-1)
         return replace(self, group_size=grid.settle_group_size(self.group_size, in_features))
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(hessian=True, outputs=self.quality == "best")
+
+    @property
+    def _sweeps(self) -> int:
+        assert self.descent is not None  # settled when it was made
+        return self.descent
 
     @property
     def storage(self) -> Storage:
@@ -187,6 +206,28 @@ class GPTQ:
             notes.append(f"{worse} of {len(target)} rows kept their round-to-nearest codes: their loss was lower")
         last = back if self.act_order == "groups" else None
         return self._solved(k, grids, groups, loss, row_losses(target, hessian), last, tuple(notes)), kept
+
+    def polished(self, weight: Tensor, stats: LayerStats, scale_dtype: torch.dtype) -> Solved:
+        """Round to nearest, then only what follows GPTQ's loop: refit and descent.
+
+        Args:
+            weight, stats, scale_dtype: as for the whole method.
+        """
+        assert stats.hessian is not None
+        target, hessian = weight.float(), stats.hessian.float()
+        size = -1 if self.group_size is None else self.group_size
+        ready = prepare(hessian, self.damp_percent, True)
+        back = torch.argsort(ready.visit)
+        damped = ready.damped[back][:, back]
+        groups = group_index(target.shape[1], size, target.device)
+        importance = hessian.diagonal().clamp(min=1e-6 * float(damped.diagonal().mean()))
+        grids = grid.fit(target, self.bits, size, self.symmetric, scale_dtype, self.scale_search, importance)
+        scale, low, high = (x[:, groups] for x in (grids.scale, grids.low, grids.high))
+        k = grid.nearest(target, scale, low, high)
+        k = k if stats.mask is None else k * stats.mask
+        k, grids = self._polish(k, target, damped, grids, size, groups, ready.visit, stats.mask)
+        k, loss, _ = keep_better_rows(k, target, hessian, grids, groups, stats.mask)
+        return self._solved(k, grids, groups, loss, row_losses(target, hessian), None, ready.notes)
 
     def _swept(
         self, target: Tensor, factor: Tensor, damped: Tensor, importance: Tensor, groups: Tensor, visit: Tensor,
@@ -287,10 +328,10 @@ class GPTQ:
         ordered = damped[visit][:, visit]
         wanted = target[:, visit].t().contiguous()
         fixed = None if alive is None else alive[:, visit].t().contiguous()
-        for done in range(max(self.descent, 1)):
+        for done in range(max(self._sweeps, 1)):
             if self.refit:
                 grids = refit_scales(k, target, damped, grids, size)
-            if done < self.descent:
+            if done < self._sweeps:
                 scale, zero = self._by_column(grids, groups[visit])
                 levels = k[:, visit].t().contiguous()
                 with columns.products(self.tf32):

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -28,18 +28,30 @@ BLOCK_SIZES = tuple(2**n for n in range(5, 13))
 class TablePass:
     """What NF4 and FP4 share: blocks of weights on a fixed table."""
 
-    needs: ClassVar[Needs] = Needs()
     # a mere attribute, not a setting: `settle` sets it on the copy it returns. Until then the worst is assumed.
     _rows_share_blocks: ClassVar[bool] = True
 
     block_size: int = field(default=64, metadata={"help": "weights that share a scale: a power of two, 32 to 4096"})
     double_quant: bool = field(default=False, metadata={"help": "store the blocks' scales in 8 bits"})
+    quality: Literal["fast", "best"] = field(
+        default="fast",
+        metadata={
+            "help": "fast: the nearest levels, without data; best: whole blocks of the model refined to the original's "
+            "output"
+        },
+    )
 
     def __post_init__(self) -> None:
+        if self.quality not in ("fast", "best"):
+            raise CompressError(f"no quality {self.quality!r} of a table", "--quality", "use fast or best")
         if self.block_size not in BLOCK_SIZES:
             near = min(BLOCK_SIZES, key=lambda size: abs(size - self.block_size))
             what = f"block size {self.block_size} is not a power of two from 32 to 4096"
             raise CompressError(what, "--block-size", f"use {near}")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(outputs=self.quality == "best")
 
     @property
     def table(self) -> str:

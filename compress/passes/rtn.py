@@ -20,6 +20,8 @@ from compress import grid
 from compress.errors import CompressError
 from compress.grid import Grid
 from compress.packed.uniform import UniformGrid
+from compress.passes.gptq import GPTQ
+from compress.passes.quality import Quality, settle_quality
 from compress.types import LayerStats, Needs, Solved, Storage
 
 
@@ -29,7 +31,6 @@ class RTN:
 
     name: ClassVar[str] = "rtn"
     paper: ClassVar[str] = ""
-    needs: ClassVar[Needs] = Needs()
 
     bits: int = field(default=4, metadata={"help": "bits a weight, 2 to 8"})
     group_size: int | None = field(
@@ -43,10 +44,25 @@ class RTN:
     scale_search: bool = field(
         default=False, metadata={"help": "search each group's scale for the least squared error"}
     )
+    quality: Quality = field(
+        default="fast",
+        metadata={
+            "help": "fast: round to nearest, without data; balanced: scales searched under the Hessian's diagonal, "
+            "refitted, codes descended; best: and whole blocks refined to the original's output"
+        },
+    )
 
     def __post_init__(self) -> None:
+        settle_quality(self)
+        if self.quality != "fast" and self.group_size == 0:
+            what = "a scale a tensor is not fitted to calibration data"
+            raise CompressError(what, f"--group-size 0 --quality {self.quality}", "use --group-size -1, or fast")
         if not 2 <= self.bits <= 8:
             raise CompressError(f"bits {self.bits} is out of range", "--bits", "use 2 to 8")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(hessian=self.quality != "fast", outputs=self.quality == "best")
 
     @property
     def row_unit(self) -> int:
@@ -72,13 +88,18 @@ class RTN:
             self.group_size, f"groups of {self.group_size}"
         )
         kind = "symmetric" if self.symmetric else "asymmetric"
+        if self.quality != "fast":
+            what = f"round to nearest, refitted and descended, {self.bits} bits, {size}, {kind}: the layers' outputs"
+            return [f"{what} on the calibration data are off by {100 * error:.3g}% of their energy on average"]
         return [
             f"round to nearest, {self.bits} bits, {size}, {kind}: the weights are off by {100 * error:.3g}% of their "
             "energy on average"
         ]
 
     def __call__(self, weight: Tensor, stats: LayerStats, scale_dtype: torch.dtype) -> Solved:
-        """Round one matrix [out, in]; `stats` is not used."""
+        """Round one matrix [out, in]; `stats` is used by quality balanced and best alone."""
+        if self.quality != "fast":
+            return GPTQ(self.bits, self.group_size, self.symmetric).polished(weight, stats, scale_dtype)
         target = weight.float()
         size = self._stored_size
         if self.group_size == 0:

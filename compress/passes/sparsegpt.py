@@ -37,6 +37,7 @@ from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse, storage_around
 from compress.packed.uniform import UniformGrid, group_index
 from compress.passes.gptq import GPTQ
+from compress.passes.quality import Quality, quality_field, settle_quality
 from compress.solvers import columns, masks
 from compress.solvers.hessian import prepare, refit_kept, row_losses, unvisit
 from compress.solvers.masks import Choice, Pattern
@@ -99,18 +100,25 @@ class SparseGPT:
         default=True,
         metadata={"help": "with --bits: search each group's scale under the error weighted by H's diagonal"},
     )
-    refit: bool = field(
-        default=True,
-        metadata={"help": "sparsegpt: least-squares refit of the kept values, with --bits of the group scales"},
+    quality: Quality = quality_field()
+    refit: bool | None = field(
+        default=None,
+        metadata={
+            "help": "sparsegpt: least-squares refit of the kept values, with --bits of the group scales; default: by "
+            "--quality",
+            "off": "no-refit",
+        },
     )
-    descent: int = field(
-        default=1, metadata={"help": "with --bits, sparsegpt: sweeps of coordinate descent over the codes afterwards"}
+    descent: int | None = field(
+        default=None,
+        metadata={"help": "with --bits, sparsegpt: sweeps of coordinate descent over the codes; default: by --quality"},
     )
     tf32: bool = field(
         default=False, metadata={"help": "on a GPU, TF32 products in the loops: faster; codes move, the loss does not"}
     )
 
     def __post_init__(self) -> None:
+        settle_quality(self)
         found = self.kept_pattern
         if self.sparsity is not None and not 0 <= self.sparsity <= _LARGEST_SPARSITY:
             raise CompressError(f"sparsity {self.sparsity} is out of range", "--sparsity", "use 0 to 0.95")
@@ -138,7 +146,7 @@ class SparseGPT:
 
     @property
     def needs(self) -> Needs:
-        return Needs(hessian=self.method != "magnitude")
+        return Needs(hessian=self.method != "magnitude", outputs=self.quality == "best")
 
     @property
     def row_unit(self) -> int:
@@ -194,6 +202,7 @@ class SparseGPT:
             self.damp_percent,
             self.block_size,
             self.scale_search,
+            self.quality,
             self.refit,
             self.descent,
             self.tf32,

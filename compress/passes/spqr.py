@@ -40,6 +40,7 @@ from compress.packed import bilevel, outliers
 from compress.packed.bilevel import PLAIN, BiLevel, Statistic
 from compress.packed.outliers import Outliers
 from compress.packed.uniform import group_index
+from compress.passes.quality import Quality, quality_field, settle_quality
 from compress.solvers import columns
 from compress.solvers import spqr as spqr_sweep
 from compress.solvers.hessian import prepare, row_losses, unvisit
@@ -53,7 +54,6 @@ class SpQR:
 
     name: ClassVar[str] = "spqr"
     paper: ClassVar[str] = "Dettmers et al.: SpQR, 2023"
-    needs: ClassVar[Needs] = Needs(hessian=True)
 
     bits: int = field(default=3, metadata={"help": "bits a weight that is no outlier, 2 to 8"})
     group_size: int = field(default=16, metadata={"help": "columns that share a scale and a zero point, 8 to 128"})
@@ -81,14 +81,17 @@ class SpQR:
         default=True,
         metadata={"help": "search the codes of each group's scale and zero point for the least weighted error"},
     )
-    descent: int = field(
-        default=1, metadata={"help": "sweeps of coordinate descent over codes and outliers after GPTQ"}
+    quality: Quality = quality_field()
+    descent: int | None = field(
+        default=None,
+        metadata={"help": "sweeps of coordinate descent over codes and outliers after GPTQ; default: by --quality"},
     )
     tf32: bool = field(
         default=False, metadata={"help": "on a GPU, TF32 products in the loops: faster; codes move, the loss does not"}
     )
 
     def __post_init__(self) -> None:
+        settle_quality(self)
         for flag, bits in (("--qq-scale-bits", self.qq_scale_bits), ("--qq-zero-bits", self.qq_zero_bits)):
             if not 2 <= bits <= 8 and bits != PLAIN:
                 raise CompressError(f"bits {bits} is out of range", flag, f"use 2 to 8, or {PLAIN} for no quantisation")
@@ -97,7 +100,7 @@ class SpQR:
             ("--group-size", "group size", self.group_size, 8, 128, "use 8 to 128"),
             ("--qq-groupsize", "second-level group size", self.qq_groupsize, 2, 1024, "try 16"),
             ("--block-size", "block size", self.block_size, 1, inf, "try 128"),
-            ("--descent", "number of sweeps", self.descent, 0, inf, "use 0 or more"),
+            ("--descent", "number of sweeps", self._sweeps, 0, inf, "use 0 or more"),
         )
         for flag, what, value, low, high, remedy in sizes:
             if not low <= value <= high:
@@ -110,6 +113,15 @@ class SpQR:
         if self.average_bits is not None and not self.bits < self.average_bits <= 16:
             what = f"average bits {self.average_bits:g} is out of range at {self.bits} bits a code"
             raise CompressError(what, "--average-bits", f"use more than {self.bits}, up to 16")
+
+    @property
+    def needs(self) -> Needs:
+        return Needs(hessian=True, outputs=self.quality == "best")
+
+    @property
+    def _sweeps(self) -> int:
+        assert self.descent is not None  # settled when it was made
+        return self.descent
 
     @property
     def row_unit(self) -> int:
@@ -200,7 +212,7 @@ class SpQR:
         last = (self.bits, scale_dtype, self.block_size)
         with columns.products(self.tf32):
             solved = spqr_sweep.sweep(wanted, factor, grids, *last)
-        for _ in range(self.descent):
+        for _ in range(self._sweeps):
             with columns.products(self.tf32):
                 solved = spqr_sweep.descend(solved, wanted, damped, grids, *last)
         solved = self._keep_better_rows(solved, wanted, hessian[visit][:, visit], grids, scale_dtype, notes)

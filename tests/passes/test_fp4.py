@@ -57,7 +57,7 @@ def test_weights_on_the_levels_are_kept(variant: str) -> None:
 
 
 def test_settings_and_words() -> None:
-    assert FP4.needs == Needs()
+    assert FP4().needs == Needs()
     assert FP4().words([]) == ["FP4 (E2M1), blocks of 64"]
     layer = {"name": "a", "shape": [4, 64], "bytes": 144, "figures": {}, "relative_error": 0.1}
     assert FP4(variant="bnb").words([layer]) == ["FP4 (bitsandbytes), blocks of 64: 4.5 bits a weight"]

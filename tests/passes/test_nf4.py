@@ -183,7 +183,7 @@ def test_order_of_the_paper_for_normal_weights() -> None:
 
 
 def test_settings() -> None:
-    assert NF4.needs == Needs()
+    assert NF4().needs == Needs()
     assert NF4().storage == Storage("blockwise", 4, 64, details=(("double_quant", False), ("table", "nf4")))
     for size in BLOCK_SIZES:
         assert NF4(size).settle([64]).storage.group_size == size

@@ -146,7 +146,7 @@ def test_weights_of_any_float_dtype(dtype: torch.dtype) -> None:
 
 
 def test_settings() -> None:
-    assert RTN.needs == Needs()
+    assert RTN().needs == Needs()
     assert RTN().settle([256, 64]).group_size == 64
     assert RTN(group_size=48).settle([256, 64]).group_size == 48
     assert RTN(group_size=0).settle([256, 64]).group_size == 0

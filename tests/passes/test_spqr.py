@@ -393,7 +393,7 @@ def test_same_input_same_bytes() -> None:
 
 
 def test_settings() -> None:
-    assert SpQR.needs.hessian
+    assert SpQR().needs.hessian
     assert SpQR().row_unit == SpQR(outlier_threshold=inf, average_bits=4.0).row_unit == 0
     assert SpQR(outlier_threshold=inf).row_unit == 16
     assert SpQR().storage.kind == "outliers"

@@ -1,0 +1,131 @@
+"""Refining: the codes, scales and zeros of a whole block are tuned to what the block makes in the original model.
+
+A solver minimises each layer's own error. What counts is what the block makes of the inputs that it really gets, which
+earlier blocks changed: layers can make up for each other, for nonlinearities between them and for those blocks. So,
+from the solved codes on, a few dozen steps of signed gradient descent (tuned.py) on the mean squared error of the
+block's output against the original's, on pieces of the calibration rows in random order, the size of the moves falling
+to 0. Some pieces are held out: what is kept is the state with the least error on those, the solver's among them, so
+refining never makes it worse there.
+
+Block-wise reconstruction: Li et al., "BRECQ", ICLR 2021; signed descent on rounding and ranges from round-to-nearest:
+Cheng et al., SignRound (AutoRound), 2023. Differences: it starts from a solver's codes, scales keep the solver's sign
+and are tuned themselves rather than through clipping ranges, and the target is the original model's own stream rather
+than the dense block's output on the compressed stream, so that what earlier blocks lost is won back where it can be.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from compress.errors import CompressError
+from compress.refiners.tuned import Tuned, tunable, tuned
+from compress.types import Packed, Refined, Task
+
+
+@dataclass(frozen=True)
+class Refine:
+    """Tune rounding, scales and zeros of whole blocks to the original's output, from the solver's solution on."""
+
+    name: ClassVar[str] = "refine"
+    paper: ClassVar[str] = "Li et al.: BRECQ, ICLR 2021; Cheng et al.: SignRound (AutoRound), 2023"
+
+    steps: int = field(default=100, metadata={"help": "steps of a block, a piece of the calibration rows each"})
+    rate: float = field(default=0.005, metadata={"help": "levels that a rounding moves in the first step; falls to 0"})
+    scale_rate: float = field(
+        default=0.0025, metadata={"help": "share of itself that a scale moves in the first step; falls to 0"}
+    )
+    held_out: float = field(
+        default=0.0625, metadata={"help": "share of the calibration rows that decides what is kept"}
+    )
+    looks: int = field(default=4, metadata={"help": "how often the held-out rows are looked at, evenly over the steps"})
+
+    def __post_init__(self) -> None:
+        for flag, value, low, high in (
+            ("steps", self.steps, 1, 100_000), ("rate", self.rate, 0.0, 1.0), ("looks", self.looks, 1, self.steps),
+            ("scale_rate", self.scale_rate, 0.0, 0.4), ("held_out", self.held_out, 1e-4, 0.5),
+        ):  # fmt: skip
+            if not low <= value <= high:
+                raise CompressError(f"{flag} {value:g} is out of range", "refine", f"use {low:g} to {high:g}")
+
+    def refine(self, layers: Mapping[str, Packed], weights: Mapping[str, Tensor], task: Task, seed: int) -> Refined:
+        """See `compress.types.Refiner`. Layers of a kind that cannot be tuned stay as they are, and a note says so."""
+        moving = {name: tuned(packed, weights[name]) for name, packed in layers.items() if tunable(packed)}
+        notes = []
+        if len(moving) < len(layers):
+            kinds = sorted({p.kind for name, p in layers.items() if name not in moving})
+            notes.append(f"refine: {len(layers) - len(moving)} layers ({', '.join(kinds)}) stay as they were solved")
+        held = max(1, round(self.held_out * len(task)))
+        if len(task) < held + 1:
+            notes.append("refine: the calibration rows are one piece, of which nothing can be held out: not refined")
+            moving = {}
+        if not moving:
+            return Refined(layers, 0.0, 0.0, tuple(notes))
+        first, best = self._descend(moving, layers, task, held, seed)
+        return Refined({**layers, **{name: x.packed() for name, x in moving.items()}}, first, best, tuple(notes))
+
+    def _descend(
+        self, moving: Mapping[str, Tuned], layers: Mapping[str, Packed], task: Task, held: int, seed: int
+    ) -> tuple[float, float]:
+        """Tune in place; what is left remembered is the best. Returns the held-out error before and after."""
+        leaves = {
+            name: torch.empty_like(layers[name].dequantize(), dtype=task.dtype).requires_grad_() for name in moving
+        }
+        last = range(len(task) - held, len(task))
+        first = best = _error(moving, leaves, task, last)
+        order = _order(len(task) - held, self.steps, seed)
+        every = max(1, self.steps // self.looks)
+        for i, piece in enumerate(order):
+            fall = 1 - i / self.steps
+            slopes = _slopes(moving, leaves, task, piece)
+            for (name, layer), slope in zip(moving.items(), slopes, strict=True):
+                del name
+                layer.step(slope, self.rate * fall, self.scale_rate * fall)
+            if (i + 1) % every and i + 1 < self.steps:
+                continue
+            found = _error(moving, leaves, task, last)
+            if found < best:  # while moves are large the error may rise first: it is never given up on
+                best = found
+                for layer in moving.values():
+                    layer.keep()
+        return first, best
+
+
+def _order(pieces: int, steps: int, seed: int) -> list[int]:
+    """Which piece each step takes: all of them in a random order, then all in another."""
+    generator = torch.Generator().manual_seed(seed)
+    order: list[int] = []
+    while len(order) < steps:
+        order += torch.randperm(pieces, generator=generator).tolist()
+    return order[:steps]
+
+
+@torch.no_grad()
+def _error(moving: Mapping[str, Tuned], leaves: Mapping[str, Tensor], task: Task, pieces: Sequence[int]) -> float:
+    """Mean squared error of the block's output on some pieces."""
+    for name, layer in moving.items():
+        layer.write(leaves[name])
+    sums, count = [], 0
+    for i in pieces:
+        inputs, target = task.piece(i)
+        off = task.output(leaves, inputs).float() - target.float()
+        sums.append(off.square().sum(dtype=torch.float64))
+        count += off.numel()
+    return float(torch.stack(sums).sum()) / count
+
+
+def _slopes(moving: Mapping[str, Tuned], leaves: Mapping[str, Tensor], task: Task, piece: int) -> tuple[Tensor, ...]:
+    """The gradient of the error on a piece, of each layer's weights. Its signs alone count: it is scaled so that 16-bit
+    floats neither overflow nor lose it."""
+    with torch.no_grad():
+        for name, layer in moving.items():
+            layer.write(leaves[name])
+    inputs, target = task.piece(piece)
+    with torch.enable_grad():
+        off = task.output(leaves, inputs).float() - target.float()
+        square = off.square().sum()
+        return torch.autograd.grad(square / square.detach().sqrt().clamp(min=1e-20), list(leaves.values()))

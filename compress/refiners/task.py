@@ -1,0 +1,51 @@
+"""What a refiner is given of a block: the calibration rows in pieces, and the block as a function of its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from compress.blocks import BlockModel, Linear
+from compress.hidden import Activations
+
+
+class BlockTask:
+    """See `compress.types.Task`. A piece is as many rows as go through a block at once.
+
+    Args:
+        linears: the layers that are tuned.
+        inputs: the hidden states that enter the loaded block in the compressed model.
+        targets: the hidden states that leave it in the original model, in batches of the same size.
+    """
+
+    def __init__(
+        self, model: BlockModel, block: int, linears: Sequence[Linear], inputs: Activations, targets: Activations
+    ) -> None:
+        self._model, self._block = model, block
+        self._linears = {linear.name: linear for linear in linears}
+        self._inputs, self._targets = inputs, targets
+        rows = inputs.rows
+        if len(inputs.tokens) <= rows and rows > 1:
+            rows = -(-rows // 2)  # of one piece nothing could be held out
+        self._pieces = [
+            (i, slice(first, min(first + rows, len(inputs.batch(i)))))
+            for i in range(len(inputs))
+            for first in range(0, len(inputs.batch(i)), rows)
+        ]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._model.dtype
+
+    def __len__(self) -> int:
+        return len(self._pieces)
+
+    def piece(self, i: int) -> tuple[Tensor, Tensor]:
+        batch, rows = self._pieces[i]
+        return self._inputs.states(batch)[rows], self._targets.states(batch)[rows]
+
+    def output(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        shape = (len(inputs), self._inputs.tokens.shape[1])
+        return self._model.output(self._block, inputs, shape, [(self._linears[n], w) for n, w in weights.items()])

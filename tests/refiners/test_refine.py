@@ -1,0 +1,302 @@
+"""Refining lowers the held-out error of a block's output or changes nothing; the run around it keeps every promise."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import compress
+from compress import pipeline
+from compress.blocks import BlockModel
+from compress.checkpoint import Checkpoint
+from compress.errors import CompressError
+from compress.hidden import Activations
+from compress.passes.gptq import GPTQ
+from compress.passes.rtn import RTN
+from compress.recipe import Recipe, make_recipe
+from compress.refiners.refine import Refine
+from compress.types import LayerStats, Packed
+from compress.weights import Weights
+
+BITS, SIZE = 3, 16
+
+
+@dataclass
+class Toy:
+    """Two layers with a bend between them, whose inputs are off what the original's were."""
+
+    weights: dict[str, Tensor]
+    inputs: list[Tensor]
+    targets: list[Tensor]
+    dtype: torch.dtype = torch.float32
+
+    def __len__(self) -> int:
+        return len(self.inputs)
+
+    def piece(self, i: int) -> tuple[Tensor, Tensor]:
+        return self.inputs[i], self.targets[i]
+
+    def output(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
+        w = {**self.weights, **weights}
+        return torch.nn.functional.silu(inputs @ w["a"].t()) @ w["b"].t()
+
+
+def toy(pieces: int = 12, noise: float = 0.05) -> Toy:
+    g = torch.Generator().manual_seed(0)
+    weights = {"a": torch.randn(48, 32, generator=g) / 6, "b": torch.randn(32, 48, generator=g) / 7}
+    mix = torch.eye(32) + 0.3 * torch.randn(32, 32, generator=g)
+    clean = [torch.randn(16, 16, 32, generator=g) @ mix for _ in range(pieces)]
+    made = Toy(weights, [x + noise * torch.randn(x.shape, generator=g) for x in clean], [])
+    made.targets = [made.output({}, x) for x in clean]
+    return made
+
+
+def layers(task: Toy, method: Any = None) -> dict[str, Packed]:
+    method = method or RTN(BITS, SIZE)
+    return {n: method(w, LayerStats(0), torch.float32).packed for n, w in task.weights.items()}
+
+
+def error(task: Toy, packed: Mapping[str, Packed], pieces: range) -> float:
+    weights = {n: p.dequantize() for n, p in packed.items()}
+    offs = [task.output(weights, task.inputs[i]) - task.targets[i] for i in pieces]
+    return float(torch.stack([x.square().mean() for x in offs]).mean())
+
+
+@pytest.mark.parametrize("method", [RTN(3, 16), RTN(2, 16, symmetric=False), RTN(4, -1)])
+def test_the_block_comes_nearer_to_its_output(method: Any) -> None:
+    task = toy()
+    before = layers(task, method)
+    found = Refine(steps=120, rate=0.02).refine(before, task.weights, task, seed=0)
+    held = range(11, 12)
+    assert found.before == pytest.approx(error(task, before, held), rel=1e-5)
+    assert found.after == pytest.approx(error(task, found.packed, held), rel=1e-5)
+    assert found.after < 0.9 * found.before
+    seen = range(11)
+    assert error(task, found.packed, seen) < 0.92 * error(task, before, seen)
+    again = Refine(steps=120, rate=0.02).refine(before, task.weights, task, seed=0)
+    other = Refine(steps=120, rate=0.02).refine(before, task.weights, task, seed=1)
+    tensors = [[t for p in x.packed.values() for t in p.tensors().values()] for x in (found, again, other)]
+    assert all(torch.equal(a, b) for a, b in zip(tensors[0], tensors[1], strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(tensors[0], tensors[2], strict=True))
+
+
+def test_what_is_worse_on_held_out_rows_is_not_kept() -> None:
+    """Targets of the seen rows are nonsense, so tuning to them can only harm."""
+    task = toy()
+    for i in range(11):
+        task.targets[i] = -5 * task.targets[i].roll(1, 0)
+    before = layers(task)
+    found = Refine(steps=60, rate=0.05).refine(before, task.weights, task, seed=0)
+    assert found.after == found.before
+    for name, packed in found.packed.items():
+        assert all(torch.equal(t, before[name].tensors()[n]) for n, t in packed.tensors().items())
+
+
+def test_of_one_piece_nothing_can_be_held_out() -> None:
+    task = toy(pieces=1)
+    before = layers(task)
+    found = Refine().refine(before, task.weights, task, seed=0)
+    assert found.packed == before
+    assert "not refined" in found.notes[0]
+
+
+def test_layers_that_cannot_be_tuned_stay() -> None:
+    from compress.passes.kmeans import KMeans
+
+    task = toy()
+    before = layers(task)
+    before["b"] = KMeans(bits=3)(task.weights["b"], LayerStats(9, torch.eye(48)), torch.float32).packed
+    found = Refine(steps=40).refine(before, task.weights, task, seed=0)
+    assert found.packed["b"] is before["b"]
+    assert found.after < found.before
+    assert found.notes == ("refine: 1 layers (codebook) stay as they were solved",)
+
+
+@pytest.mark.parametrize("given", [{"steps": 0}, {"rate": 2.0}, {"held_out": 0.9}, {"looks": 0}, {"scale_rate": -1.0}])
+def test_settings_out_of_range(given: dict[str, Any]) -> None:
+    with pytest.raises(CompressError, match=next(iter(given))):
+        Refine(**given)
+
+
+# --- a block as a function of its weights
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3_moe"])
+def test_a_block_with_other_weights(
+    family: str, tmp_path: Path, tokenizer: Any, make_model: Callable[..., Path]
+) -> None:
+    """The same output as with those weights in place, and its gradient is that of finite differences."""
+    from transformers import GPT2Config, LlamaConfig, Qwen3MoeConfig
+
+    heads = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    heads |= {"num_key_value_heads": 2, "intermediate_size": 48, "bos_token_id": 0, "eos_token_id": 0}
+    config = {
+        "llama": lambda: LlamaConfig(**heads),
+        "gpt2": lambda: GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4),
+        "qwen3_moe": lambda: Qwen3MoeConfig(
+            **heads, moe_intermediate_size=16, num_experts=4, num_experts_per_tok=2, head_dim=8
+        ),
+    }[family]()
+    model = BlockModel(
+        Weights(Checkpoint.open(make_model(config, tmp_path / family, tokenizer))), torch.float32, torch.device("cpu")
+    )
+    states = model.embed(torch.randint(0, len(tokenizer), (2, 12)))
+    model.load(0)
+    linears = model.linears(0)
+    g = torch.Generator().manual_seed(0)
+    others = [(x, model.weight(x) + 0.01 * torch.randn(x.shape, generator=g)) for x in linears]
+    leaves = [(x, w.detach().clone().requires_grad_()) for x, w in others]
+    made = model.output(0, states, (2, 12), leaves)
+    direction = torch.randn(made.shape, generator=g)
+    slopes = torch.autograd.grad((made * direction).sum(), [w for _, w in leaves])
+    for linear, weight in others:
+        model.set_weight(linear, weight)
+    assert torch.allclose(model.run(0, states, (2, 12)), made, atol=1e-5)
+    linear, weight = others[-1]
+    bump = torch.randn(linear.shape, generator=g) * 1e-3
+    model.set_weight(linear, weight + bump)
+    rise = ((model.run(0, states, (2, 12)) - made) * direction).sum()
+    assert float(rise.detach()) == pytest.approx(float((slopes[-1] * bump).sum()), rel=0.05, abs=1e-3)
+
+
+# --- runs
+
+RUN: dict[str, Any] = {"samples": 8, "seq_len": 48, "device": "cpu", "no_eval": True, "no_client": True}
+
+
+def best(**given: Any) -> Recipe:
+    return make_recipe(
+        {"steps": [{"gptq": {"bits": 3, "group_size": 32, "quality": "best", **given}}, {"refine": {"steps": 12}}]},
+        "r",
+        "r",
+    )
+
+
+@pytest.fixture
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "batch_rows", lambda *given: 2)
+
+
+def test_a_run_at_best_quality(toy_run: Callable[..., Any], small_batches: None) -> None:
+    """Every layer is refined, read back and verified; the record says by how much; twice the same bytes."""
+    plain = toy_run(GPTQ(3, 32), "plain")
+    fine = toy_run(best(), "fine")
+    again = toy_run(best(), "again")
+    assert {r["name"] for r in fine.records} == {r["name"] for r in plain.records}
+    shares = [r["figures"]["refined"] for r in fine.records]
+    assert all(0 < share <= 1 for share in shares)
+    assert min(shares) < 0.99
+    assert fine.proof.layers == len(fine.records)
+    assert [r["sha256_dense"] for r in fine.records] == [r["sha256_dense"] for r in again.records]
+    assert [r["sha256_dense"] for r in fine.records] != [r["sha256_dense"] for r in plain.records]
+    assert fine.seconds["refine"] > 0
+
+
+def test_targets_are_the_original_models(
+    toy: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, small_batches: None
+) -> None:
+    """What a refiner is given: the compressed model's inputs, the original's outputs, of the same rows."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    whole = Refine.refine
+
+    def watched(self: Any, layers: Any, weights: Any, task: Any, seed: int) -> Any:
+        seen.append(tuple(torch.cat([task.piece(i)[k] for i in range(len(task))]) for k in (0, 1)))
+        return whole(self, layers, weights, task, seed)
+
+    monkeypatch.setattr(Refine, "refine", watched)
+    result = compress.run(toy, best(), tmp_path / "out", calib=str(text_file), dtype="float32", **RUN)
+    model = BlockModel(Weights(Checkpoint.open(toy)), torch.float32, torch.device("cpu"))
+    rows = result.job.rows.tokens
+    flow = Activations(model, rows, 8, tmp_path / "spill")
+    flow.enter()
+    assert torch.allclose(seen[0][0], flow.states(0), atol=1e-5)
+    for block in range(len(model.block_names)):
+        model.load(block)
+        flow.advance(block)
+        assert torch.allclose(seen[block][1], flow.states(0), atol=1e-4)
+        assert block == 0 or not torch.allclose(seen[block][0], seen[block - 1][1], atol=1e-4)
+
+
+@pytest.mark.parametrize("step", [4, 7])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    toy: Path, text_file: Path, tmp_path: Path, step: int, small_batches: None
+) -> None:
+    def go(out: Path) -> Any:
+        return compress.run(toy, best(), out, calib=str(text_file), **RUN)
+
+    expected = go(tmp_path / "a")
+    child = os.fork()
+    if child == 0:
+        replaced, count = os.replace, [0]
+
+        def counting(source: Any, target: Any) -> None:
+            count[0] += 1
+            if count[0] == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            replaced(source, target)
+
+        os.replace = counting
+        try:
+            go(tmp_path / "b")
+        finally:
+            os._exit(1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    found = go(tmp_path / "b")
+    assert found.resumed > 0
+    assert [r["sha256_dense"] for r in found.records] == [r["sha256_dense"] for r in expected.records]
+
+
+def test_out_of_memory_refines_with_fewer_rows(
+    toy: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = BlockModel.output
+
+    def small(self: Any, block: int, hidden: Tensor, *rest: Any) -> Tensor:
+        if len(hidden) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return output(self, block, hidden, *rest)
+
+    monkeypatch.setattr(BlockModel, "output", small)
+    result = compress.run(toy, best(), tmp_path / "out", calib=str(text_file), **RUN)
+    assert any("out of device memory" in note for note in result.notes)
+    assert all("refined" in r["figures"] for r in result.records)
+
+
+def test_blocks_with_quantised_activations_are_not_refined(
+    toy: Path, text_file: Path, tmp_path: Path, small_batches: None
+) -> None:
+    method = GPTQ(8, -1, activations="token", quality="best")
+    result = compress.run(toy, method, tmp_path / "out", calib=str(text_file), **RUN)
+    assert any("not refined" in note for note in result.notes)
+
+
+@pytest.fixture
+def toy_run(toy: Path, text_file: Path, tmp_path: Path) -> Callable[..., Any]:
+    return lambda method, name: compress.run(toy, method, tmp_path / name, calib=str(text_file), **RUN)
+
+
+# --- recipes
+
+
+def test_what_a_recipe_says_of_refining() -> None:
+    assert Recipe.of(GPTQ(3)).refiner is None
+    assert Recipe.of(GPTQ(3, quality="best")).refiner == Refine()
+    assert best().refiner == Refine(steps=12)
+    assert best().as_json()["steps"][1] == {"name": "refine", **vars(replace(Refine(), steps=12))}
+    for steps, says in (
+        ([{"gptq": {}}, "refine"], "nothing to tune"),
+        ([{"gptq": {"quality": "best"}}, "refine", "refine"], "2 steps tune"),
+        ([{"gptq": {"quality": "best"}}, {"refine": {"layers": "x"}}], "whole blocks"),
+        (["refine"], "no step rounds"),
+        ([{"gptq": {"quality": "better"}}], "quality"),
+    ):
+        with pytest.raises(CompressError, match=says):
+            make_recipe({"steps": steps}, "r", "r")
