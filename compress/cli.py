@@ -41,6 +41,7 @@ _OTHER = {
     "inspect": "what a checkpoint holds, layer by layer: kind, bits, groups, bytes",
     "verify": "check a checkpoint: files, layers, parameters, and what its client makes of it",
     "export": "move a packed checkpoint to another format without rounding again",
+    "rotate": "fold rotations that spread outliers into a model's weights: an ordinary checkpoint to quantise",
     "generate": "what a model makes of a prompt, and the original's words beside it",
     "chat": "a conversation with a model, and the original's answers beside it",
     "report": "one page of one run or several: plots, tables, warnings, commands; HTML, JSON and Markdown",
@@ -89,6 +90,7 @@ def _build(name: str) -> Any:
         "inspect": checkpoints.inspect_command,
         "verify": checkpoints.verify_command,
         "export": checkpoints.export_command,
+        "rotate": rotate_command(),
         "report": choosing.report_command,
         "doctor": checkpoints.doctor_command,
         "demo": demo_command,
@@ -253,6 +255,25 @@ def sweep_command() -> Callable[..., None]:
     text = "Every combination of methods, bits and group sizes, each measured against the original; a front, a choice."
     more = "Given again after a stop it goes on. OUT holds a folder a setting, sweep.json and sweep.md."
     return _dressed(command, [_MODEL, *_parameters(Ask), *_parameters(Options), *_SWITCHES[1:]], f"{text}\n\n{more}")
+
+
+def rotate_command() -> Callable[..., None]:
+    """The function behind `compress rotate MODEL`, its signature made from Rotation."""
+    from compress.rotation.asked import Rotation
+
+    def command(model: str, **given: Any) -> None:
+        taken = _take(Rotation, given)
+        checkpoints.rotate(model, Rotation(**taken), **{k: v for k, v in given.items() if k not in taken})
+
+    text = "Fold rotations that spread outliers into the weights (QuaRot; SpinQuant's R1 and R2): the same function."
+    more = (
+        "The result is an ordinary dense checkpoint: quantise it like any other. GPTQ and quantised activations gain "
+        "by it; round-to-nearest weights alone can lose. Models whose function would change are refused."
+    )
+    rest = [p for p in inspect.signature(checkpoints.rotate).parameters.values() if p.name not in ("model", "settings")]
+    hints = typing.get_type_hints(checkpoints.rotate, localns={"Rotation": Rotation}, include_extras=True)
+    rest = [p.replace(annotation=hints[p.name], kind=inspect.Parameter.KEYWORD_ONLY) for p in rest]
+    return _dressed(command, [_MODEL, *_parameters(Rotation), *rest], f"{text}\n\n{more}")
 
 
 def _dressed(

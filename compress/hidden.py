@@ -223,11 +223,20 @@ class Activations:
     def _embedded(self, i: int) -> Tensor:
         return _joined([self._model.embed(tokens) for tokens in self._pieces(self.batch(i))])
 
+    def pieces(self, rows: int | None = None) -> Iterator[Tensor]:
+        """The hidden states, `rows` rows at a time within each batch."""
+        for i in range(len(self)):
+            yield from torch.split(self.states(i), self.rows if rows is None else rows)
+
+    def run(self, block: int, states: Tensor) -> Tensor:
+        """What a loaded block makes of some rows."""
+        return self._model.run(block, states, (len(states), self.tokens.shape[1]))
+
     def through(self, block: int) -> Iterator[tuple[int, Tensor]]:
         """What a loaded block makes of each batch, `rows` rows at a time, without keeping it."""
         for i in range(len(self)):
             for states in self._pieces(self.states(i)):
-                yield i, self._run(block, states)
+                yield i, self.run(block, states)
 
     def advance(self, block: int) -> None:
         """Replace the hidden states by what a loaded block makes of them.
@@ -245,10 +254,7 @@ class Activations:
             raise CompressError("its output holds NaN or infinity", name, "try --dtype float32")
 
     def _advanced(self, block: int, i: int) -> Tensor:
-        return _joined([self._run(block, states) for states in self._pieces(self.states(i))])
-
-    def _run(self, block: int, states: Tensor) -> Tensor:
-        return self._model.run(block, states, (len(states), self.tokens.shape[1]))
+        return _joined([self.run(block, states) for states in self._pieces(self.states(i))])
 
     def _pieces(self, batch: Tensor) -> Sequence[Tensor]:
         return torch.split(batch, self.rows)

@@ -97,6 +97,9 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
         weights, model = open_model(job, job.out.with_name(job.out.name + ".unpickled"))
     plan = make_plan(job, model)
     planning.check_room(job.out, room_needed(job.out, plan.format, plan.bytes_after))
+    if plan.needs.past and job.true_sequential:
+        what = "the original's inputs are compared before anything in the block is compressed"
+        raise CompressError(what, "--correct-past --true-sequential", "leave one of them out")
     if plan.needs and job.rows is None:
         raise CompressError(
             f"{plan.recipe.name} needs calibration data", "--calib", "pass --calib bundled or a text file"
@@ -108,7 +111,7 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
     ):
         earlier = {} if job.fresh else journal.earlier()
         flow = start_flow(model, plan, job, journal.folder / "hidden.bin", earlier.get("batch_rows"))
-        dense = flow.beside(journal.folder / "original.bin") if flow is not None and plan.needs.outputs else None
+        dense = flow.beside(journal.folder / "original.bin") if flow is not None and plan.needs.original else None
         with clock("hash"):
             done = journal.start(
                 lambda: fingerprint(job, plan, sources.result(), model.dtype, flow), job.fresh, sources.done
@@ -192,10 +195,10 @@ def compress_blocks(
                 outbox.check()
                 with clock("load"):
                     model.load(block, ahead.take(block))
-                if dense is not None and block < len(model.block_names):
-                    with clock("forward"):
-                        dense.advance(block)
                 if block < done:
+                    if dense is not None and block < len(model.block_names):
+                        with clock("forward"):
+                            dense.advance(block)
                     restore(model, journal, plan, block, flow)
                 else:
                     made = compress_block(

@@ -175,6 +175,9 @@ def make_plan(
     if recipe.transforms and recipe.needs.survey:
         what = "a pass that surveys the whole model looks at it before the transforms of this recipe"
         raise CompressError(what, recipe.name, "use int8 --rule any, or leave the transform out")
+    if recipe.transforms and recipe.needs.past:
+        what = "the original's inputs are in other units once a transform has rescaled the block's"
+        raise CompressError(what, "correct_past", "leave it or the transform out")
     recipe, choice = _settle(recipe, choice, chosen, names)
     first = next(linear for block in chosen for linear in block)
     stored = weights.dtype(first.name + ".weight")
@@ -324,7 +327,9 @@ def _device_estimate(model: BlockModel, chosen: list[list[Linear]], needs: Needs
         square = max((linear.shape[1] ** 2 * 4 for linear in linears), default=0)
         need = block + 4 * widest
         if needs.hessian:
-            need += sum(hessians.values()) + 4 * square
+            need += sum(hessians.values()) * (4 if needs.past else 1) + 4 * square
+        if needs.outputs:  # of each tuned weight its place, the best state, a gradient, what the pass was given
+            need += 16 * sum(linear.shape[0] * linear.shape[1] for linear in linears)
         most = max(most, need)
     inside = model.block_names[0].rpartition(".")[0] + "."
     for name, parameter in model.model.named_parameters():

@@ -24,9 +24,12 @@ from compress.packed.uniform import UniformGrid
 from compress.plan import Plan
 from compress.refiners.task import BlockTask
 from compress.solvers.hessian import row_losses
+from compress.solvers.past import aimed
 from compress.types import LayerStats, Packed, Pass, Refined, Solved, Transform
 from compress.verify import digest
 
+#: of a correction of the past, as a share of H's mean diagonal
+_DAMP = 0.01
 #: for each layer of a block that asked for a survey, the share of tokens above the threshold in every block
 Survey = dict[str, Tensor]
 
@@ -94,19 +97,24 @@ def compress_block(
     clock: Clock,
     outbox: Outbox,
     shared: stats.Shared | None = None,
-    targets: Activations | None = None,
+    original: Activations | None = None,
 ) -> Block:
     """Compress every chosen layer of a loaded block, in place; what is to be stored goes to the host by `outbox`.
 
     Args:
         shared: what other runs on the same rows found out about the first block, or will be given.
-        targets: what leaves the block in the original model, for the recipe's refiner; None: nothing is refined.
+        original: the rows of `flow` where they enter the block in the original model, for steps that ask for them;
+            where they leave it when this returns.
     """
     linears = plan.blocks[block]
     done = Block()
-    if not linears:
-        return done
     inputs = _inputs(model, plan, block, linears, flow, clock, shared if block == 0 else None)
+    if original is not None and block < len(model.block_names):
+        with clock("forward"):
+            if flow is not None and plan.needs.past and block:  # the first block's inputs are the original's
+                inputs = stats.collect_past(model, block, inputs, flow, original)
+            original.advance(block)
+    refining = original is not None and plan.needs.outputs
     folds = Folds()
     if plan.recipe.transforms and block < len(model.block_names):
         with clock("fold"):
@@ -120,20 +128,20 @@ def compress_block(
             group = inputs[position]
         for part in _together(plan, group):
             with clock("solve"):
-                solved = _solve(model, plan, part, folds, survey, keep=targets is not None)
+                solved = _solve(model, plan, part, folds, survey, keep=refining)
             with clock("pack"):
                 for layer in solved:
                     dense = model.set_packed(layer.linear, layer.packed)
-                    if targets is not None:
+                    if refining:
                         waiting.append(layer)
                     else:
                         _store(model, plan, layer, dense, done, outbox)
                         _correct_bias(model, block, layer.linear, part.stats, folds, done, outbox)
     if waiting:
         assert flow is not None
-        assert targets is not None
+        assert original is not None
         with clock("refine"):
-            waiting = _refine(model, plan, block, waiting, flow, targets, done)
+            waiting = _refine(model, plan, block, waiting, flow, original, done)
         with clock("pack"):
             for layer in waiting:
                 _store(model, plan, layer, model.set_packed(layer.linear, layer.packed), done, outbox)
@@ -203,11 +211,19 @@ def _solve(model: BlockModel, plan: Plan, part: stats.Inputs, folds: Folds, surv
     weight = torch.cat([folds.weight(model, linear) for linear in part.linears])
     spread = survey.get(part.linears[0].name)
     given = part.stats if spread is None else replace(part.stats, spread=spread)
+    passes = plan.choice[part.linears[0].name]
+    shares: list[float] = []
+    if given.past is not None and given.hessian is not None and any(p.needs.past for p in passes):
+        parts = torch.split(weight, [linear.shape[0] for linear in part.linears])
+        found = [aimed(x, given.hessian, given.past, _DAMP) for x in parts]
+        weight, shares = torch.cat([x for x, _ in found]), [t for _, t in found]
     try:
-        solved = run_passes(plan.choice[part.linears[0].name], weight, given, plan.scale_dtype)
+        solved = run_passes(passes, weight, given, plan.scale_dtype)
     except CompressError as error:
         names = ", ".join(linear.name for linear in part.linears)
         raise CompressError(error.what, error.where or f"layer {names}", error.remedy) from None
+    if shares:
+        solved = replace(solved, figures={**solved.figures, "past": sum(shares) / len(shares)})
     return [
         Layer(
             linear, part.stats, solved, solved.packed.rows(rows.start, rows.stop), *sums, weight[rows] if keep else None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from compress.ahead import Timed, untimed
 from compress.blocks import BlockModel, Linear
 from compress.errors import CompressError
 from compress.hidden import Activations
-from compress.types import LayerStats, Needs
+from compress.types import LayerStats, Needs, Past
 
 
 @dataclass
@@ -103,17 +103,17 @@ def _joined(how: Callable[[Tensor, Tensor], Tensor], old: Tensor | None, new: Te
     return new if old is None else how(old, new)
 
 
-def accumulate(total: Tensor, x: Tensor) -> None:
-    """total += x^T x in float32. total: float32 [in, in], x: [tokens, in].
+def accumulate(total: Tensor, x: Tensor, other: Tensor | None = None) -> None:
+    """total += y^T x in float32, y = x unless another is given. total: float32 [in, in], x, y: [tokens, in].
 
     On a GPU 16-bit activations are multiplied as they are: their products are exact in float32, and the sum runs in
     float32. On a CPU they are widened first, since its 16-bit product would round the sum.
     """
+    y = x if other is None else other
     if x.device.type == "cuda" and x.dtype != torch.float32:
-        total += torch.mm(x.t(), x, out_dtype=torch.float32)
+        total += torch.mm(y.t(), x, out_dtype=torch.float32)
     else:
-        x = x.float()
-        total.addmm_(x.t(), x)
+        total.addmm_(y.float().t(), x.float())
 
 
 def collect(
@@ -153,6 +153,80 @@ def collect(
             remedy = f"--exclude '{linear.name}' leaves it dense"
             raise CompressError("calibration never reached this layer", linear.name, remedy)
     return [Inputs(s.linears, found) for s, (found, _) in zip(sums, means, strict=True)]
+
+
+#: of so many pieces of the rows the last is held out
+_HELD = 4
+
+
+def collect_past(
+    model: BlockModel, block: int, groups: list[Inputs], activations: Activations, originals: Activations
+) -> list[Inputs]:
+    """The groups with `LayerStats.past`. Runs a loaded block over all batches twice: as it is reached in the compressed
+    model and in the original. Groups of experts are left as they are: other tokens reach them.
+
+    Args:
+        groups: of `collect`, with Hessians.
+        originals: the hidden states that enter the block in the original model, of the same rows in equal batches.
+    """
+    mine = [group for group in groups if group.linears[0].expert is None and group.stats.tokens]
+    sums = activations.within(lambda: _compared(model, block, mine, activations, originals))
+    out = []
+    for group in groups:
+        found = sums.get(group.linears[0].name)
+        past = None if found is None else found.past()
+        out.append(Inputs(group.linears, replace(group.stats, past=past)))
+    return out
+
+
+@dataclass
+class _Both:
+    """Sums over seen and held rows, in this order."""
+
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+    cross: list[Tensor] = field(default_factory=list)
+    own: list[Tensor] = field(default_factory=list)
+
+    def add(self, part: int, original: Tensor, x: Tensor) -> None:
+        original, x = (t.reshape(-1, t.shape[-1]) for t in (original, x))
+        if not self.cross:
+            self.cross, self.own = (
+                [x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32) for _ in "12"] for _ in "12"
+            )
+        self.tokens[part] += len(x)
+        accumulate(self.cross[part], x, original)
+        accumulate(self.own[part], x)
+
+    def past(self) -> Past | None:
+        """None where one of the parts is empty."""
+        if not all(self.tokens):
+            return None
+        cross, own = ([t / n for t, n in zip(sums, self.tokens, strict=True)] for sums in (self.cross, self.own))
+        share = self.tokens[1] / sum(self.tokens)
+        return Past(cross[0] - own[0], cross[1] - own[1], own[1], share)
+
+
+def _compared(
+    model: BlockModel, block: int, groups: list[Inputs], activations: Activations, originals: Activations
+) -> dict[str, _Both]:
+    sums = {group.linears[0].name: _Both() for group in groups}
+    seen: dict[str, Tensor] = {}
+    pieces = sum(1 for _ in activations.pieces())
+    with ExitStack() as stack:
+        for group in groups:
+            linear = group.linears[0]
+            module = model.model.get_submodule(linear.param.rpartition(".")[0])
+            handle = module.register_forward_pre_hook(lambda _, args, name=linear.name: seen.__setitem__(name, args[0]))
+            stack.callback(handle.remove)
+        both = zip(activations.pieces(), originals.pieces(activations.rows), strict=True)
+        for i, (ours, theirs) in enumerate(both):
+            part = int(i % _HELD == _HELD - 1 or (pieces < _HELD and i == pieces - 1))
+            originals.run(block, theirs)
+            before = dict(seen)
+            activations.run(block, ours)
+            for name, both_sums in sums.items():
+                both_sums.add(part, before[name], seen[name])
+    return sums
 
 
 class Shared:

@@ -22,6 +22,7 @@ class Needs:
         above: the share of tokens in which a feature's magnitude reaches this number.
         survey: the same share over the blocks of the model, from a run through all of them before any is compressed.
         outputs: what the block makes in the original model, for a refiner that tunes what a pass solved.
+        past: how the inputs differ from those that the original model gives the layer.
     """
 
     hessian: bool = False
@@ -29,14 +30,20 @@ class Needs:
     above: float | None = None
     survey: bool = False
     outputs: bool = False
+    past: bool = False
 
     def __bool__(self) -> bool:
-        return self.hessian or self.ranges or self.above is not None or self.survey or self.outputs
+        return self.hessian or self.ranges or self.above is not None or self.survey or self.outputs or self.past
+
+    @property
+    def original(self) -> bool:
+        """Whether the calibration rows must go through the original model too."""
+        return self.outputs or self.past
 
     @property
     def statistics(self) -> Needs:
         """What is to be known of the layers' inputs."""
-        return replace(self, outputs=False)
+        return replace(self, outputs=False, past=False)
 
     def __or__(self, other: Needs) -> Needs:
         if self.above is not None and other.above is not None and self.above != other.above:
@@ -47,7 +54,27 @@ class Needs:
             self.above if other.above is None else other.above,
             self.survey or other.survey,
             self.outputs or other.outputs,
+            self.past or other.past,
         )
+
+
+@dataclass(frozen=True)
+class Past:
+    """How the inputs x of a layer differ from the inputs x~ that the original model gives it.
+
+    All float32 [in, in]; the rows that calibration ran on are two parts, seen and held.
+
+    Attributes:
+        seen: the mean of (x~ - x) x^T over the seen rows.
+        held: the same over the others.
+        held_hessian: the mean of x x^T over the others.
+        share: of the tokens that are held.
+    """
+
+    seen: Tensor
+    held: Tensor
+    held_hessian: Tensor
+    share: float
 
 
 @dataclass(frozen=True)
@@ -63,6 +90,7 @@ class LayerStats:
         above: float32 [in], the share of vectors with |x| at or above `Needs.above`.
         spread: float32 [blocks, in], `above` in every block of the model for the layer of the same role.
         mask: bool [out, in], the weights that an earlier step of the recipe kept; zeros must stay zeros.
+        past: see `Past`; None also where it was asked for and cannot be known (experts, whose tokens differ).
     """
 
     tokens: int
@@ -73,6 +101,7 @@ class LayerStats:
     above: Tensor | None = None
     spread: Tensor | None = None
     mask: Tensor | None = None
+    past: Past | None = None
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
 from compress.commands.shared import Code, Device, Json, Model, Out, Quiet, hidden
+
+if TYPE_CHECKING:
+    from compress.rotation.asked import Rotation
 
 
 def eval_command(
@@ -165,6 +168,49 @@ def export_command(
             step=lambda done, total: progress(Status("export", done, total)),
         )
     print(json.dumps(done.as_json(), indent=2)) if as_json else files.print_export(done)
+
+
+def rotate(
+    model: str,
+    settings: Rotation,
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("-o", "--out", help="output folder; default: MODEL-rotated here"),
+    ] = None,
+    no_verify: Annotated[bool, typer.Option("--no-verify", help="do not read the result back")] = False,
+    no_client: Annotated[bool, typer.Option("--no-client", help="do not load it through transformers")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of going on with a stopped run")] = False,
+    allow_pickle: Annotated[
+        bool, typer.Option("--allow-pickle", help="read pytorch_model.bin through torch's weights-only unpickler")
+    ] = False,
+    device: Device = None,
+    trust_remote_code: Code = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What `compress rotate` does with its settings (cli.py makes its signature from both)."""
+    from compress import api
+    from compress.job import Status
+    from compress.report import files, screen
+    from compress.rotation import rotate as rotating
+
+    folder = api.find_model(model)
+    with screen.progress_line(hidden(quiet, as_json)) as progress:
+        done = rotating.rotate(
+            folder,
+            out or Path(f"{folder.name}-rotated"),
+            settings,
+            overwrite=overwrite,
+            fresh=fresh,
+            check=not no_verify,
+            client=not no_client,
+            device=api.find_device(device),
+            trust_remote_code=trust_remote_code,
+            allow_pickle=allow_pickle,
+            step=lambda done, total: progress(Status("rotate", done, total)),
+        )
+    print(json.dumps(done.as_json(), indent=2)) if as_json else files.print_rotated(done)
 
 
 def doctor_command(as_json: Json = False) -> None:

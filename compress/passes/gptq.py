@@ -32,7 +32,7 @@ from compress import grid
 from compress.errors import CompressError
 from compress.grid import Grid
 from compress.packed.uniform import UniformGrid, group_index
-from compress.passes.quality import Quality, quality_field, settle_quality
+from compress.passes.quality import Quality, past_field, quality_field, settle_quality
 from compress.solvers import columns, kernel, obq
 from compress.solvers.columns import blocks
 from compress.solvers.hessian import prepare, refit_kept, refit_scales, row_losses, runs, unvisit
@@ -80,6 +80,7 @@ class GPTQ:
     descent: int | None = field(
         default=None, metadata={"help": "sweeps of coordinate descent over the codes; default: by --quality, 0 or 1"}
     )
+    correct_past: bool = past_field()
     tf32: bool = field(
         default=False, metadata={"help": "on a GPU, TF32 products in the loops: faster; codes move, the loss does not"}
     )
@@ -128,7 +129,7 @@ class GPTQ:
 
     @property
     def needs(self) -> Needs:
-        return Needs(hessian=True, outputs=self.quality == "best")
+        return Needs(hessian=True, outputs=self.quality == "best", past=self.correct_past)
 
     @property
     def _sweeps(self) -> int:

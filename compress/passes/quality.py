@@ -21,6 +21,12 @@ def quality_field() -> Any:
     return field(default="balanced", metadata={"help": f"{text} output"})
 
 
+def past_field() -> Any:
+    """The field `correct_past` of a pass."""
+    text = "aim at what a layer would make of the original model's inputs, as far as held-out rows bear it out"
+    return field(default=False, metadata={"help": text})
+
+
 def settle_quality(settings: Any) -> None:
     """Fill `refit` and `descent` of a pass that is being made, where they were not given. Raises CompressError."""
     if settings.quality not in LEVELS:

@@ -37,7 +37,7 @@ from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse, storage_around
 from compress.packed.uniform import UniformGrid, group_index
 from compress.passes.gptq import GPTQ
-from compress.passes.quality import Quality, quality_field, settle_quality
+from compress.passes.quality import Quality, past_field, quality_field, settle_quality
 from compress.solvers import columns, masks
 from compress.solvers.hessian import prepare, refit_kept, row_losses, unvisit
 from compress.solvers.masks import Choice, Pattern
@@ -113,6 +113,7 @@ class SparseGPT:
         default=None,
         metadata={"help": "with --bits, sparsegpt: sweeps of coordinate descent over the codes; default: by --quality"},
     )
+    correct_past: bool = past_field()
     tf32: bool = field(
         default=False, metadata={"help": "on a GPU, TF32 products in the loops: faster; codes move, the loss does not"}
     )
@@ -146,7 +147,8 @@ class SparseGPT:
 
     @property
     def needs(self) -> Needs:
-        return Needs(hessian=self.method != "magnitude", outputs=self.quality == "best")
+        hessian = self.method != "magnitude"
+        return Needs(hessian, outputs=self.quality == "best", past=self.correct_past and hessian)
 
     @property
     def row_unit(self) -> int:
@@ -205,6 +207,7 @@ class SparseGPT:
             self.quality,
             self.refit,
             self.descent,
+            self.correct_past,
             self.tf32,
         )
 

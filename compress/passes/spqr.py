@@ -40,7 +40,7 @@ from compress.packed import bilevel, outliers
 from compress.packed.bilevel import PLAIN, BiLevel, Statistic
 from compress.packed.outliers import Outliers
 from compress.packed.uniform import group_index
-from compress.passes.quality import Quality, quality_field, settle_quality
+from compress.passes.quality import Quality, past_field, quality_field, settle_quality
 from compress.solvers import columns
 from compress.solvers import spqr as spqr_sweep
 from compress.solvers.hessian import prepare, row_losses, unvisit
@@ -86,6 +86,7 @@ class SpQR:
         default=None,
         metadata={"help": "sweeps of coordinate descent over codes and outliers after GPTQ; default: by --quality"},
     )
+    correct_past: bool = past_field()
     tf32: bool = field(
         default=False, metadata={"help": "on a GPU, TF32 products in the loops: faster; codes move, the loss does not"}
     )
@@ -116,7 +117,7 @@ class SpQR:
 
     @property
     def needs(self) -> Needs:
-        return Needs(hessian=True, outputs=self.quality == "best")
+        return Needs(hessian=True, outputs=self.quality == "best", past=self.correct_past)
 
     @property
     def _sweeps(self) -> int:

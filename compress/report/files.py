@@ -1,4 +1,4 @@
-"""What a person sees of checkpoints: their contents, what was checked, what was moved."""
+"""What a person sees of checkpoints: their contents, what was checked, moved and rotated."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from compress.inventory import describe
 if TYPE_CHECKING:
     from compress.export import Exported
     from compress.inventory import Inventory
+    from compress.rotation.rotate import Rotated
 
 
 def print_inventory(found: Inventory) -> None:
@@ -44,6 +45,25 @@ def print_checks(folder: str, lines: list[str]) -> None:
     for line in lines:
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"{folder}: nothing wrong was found", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_rotated(done: Rotated) -> None:
+    """What was rotated, how exactly, what else must be known."""
+    console = Console()
+    lines = [f"the residual stream by a {done.residual}"] if done.residual else []
+    lines += [f"{done.heads} value heads"] if done.heads else []
+    lines = [f"rotated: {' and '.join(lines)}, in {done.blocks} blocks"]
+    lines.append(f"proved in float32: outputs move by at most {done.largest_error:.1e} of what a block adds")
+    if done.logits_change is not None:
+        lines.append(f"of the files: logits move by {done.logits_change:.1e} of their norm")
+    lines += [f"note: {note}" for note in done.notes]
+    if done.proof is None:
+        lines.append("not verified (--no-verify)")
+    else:
+        lines += list(done.proof.clients)
+    for line in lines:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written: {done.out}; next: compress gptq {done.out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_export(done: Exported) -> None:
