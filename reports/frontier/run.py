@@ -1,0 +1,210 @@
+"""How near to the original each quality comes, what it takes, and what each part is worth; AutoRound beside it.
+
+    python reports/frontier/run.py MODEL CALIB.txt EVAL.txt OUT [--other TEXT] [--only PART,...] [--seeds 0]
+
+Every setting is a recipe, made by the same call as the command line makes, in this process: seconds are those of load,
+calibration, solving, refining and packing, without imports. All are measured against MODEL on EVAL (and the other
+texts), from the files as written. AutoRound gets the same calibration rows; what it leaves is saved as dense weights.
+OUT/results.json grows by a setting at a time: what it holds is not made again. `table` prints it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import shutil
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+GROUP = 64
+
+
+def gptq(bits: int, quality: str = "balanced", refine: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
+    """A recipe of one step, and of the refiner's settings."""
+    steps: list[Any] = [] if refine is None else [{"refine": refine}]
+    return {"steps": [*steps, {"gptq": {"bits": bits, "group_size": GROUP, "quality": quality, **more}}]}
+
+
+def settings() -> dict[str, dict[str, Any]]:
+    """Recipes by name; "autoround ..." are the other tool's."""
+    out: dict[str, dict[str, Any]] = {}
+    for bits in (4, 3, 2):
+        for quality in ("fast", "balanced", "best"):
+            out[f"{bits} bits {quality}"] = gptq(bits, quality)
+        out[f"{bits} bits best, 200 steps"] = gptq(bits, "best", {"steps": 200})
+        out[f"{bits} bits best, 50 steps"] = gptq(bits, "best", {"steps": 50})
+        out[f"{bits} bits best, asymmetric"] = gptq(bits, "best", symmetric=False)
+        out[f"{bits} bits balanced, past"] = gptq(bits, correct_past=True)
+        out[f"{bits} bits best, past"] = gptq(bits, "best", correct_past=True)
+        out[f"{bits} bits rtn best"] = {"steps": [{"rtn": {"bits": bits, "group_size": GROUP, "quality": "best"}}]}
+        out[f"{bits} bits autoround"] = {"autoround": {"bits": bits, "iters": 200}}
+    for rate in (0.0025, 0.01, 0.02):
+        out[f"3 bits best, rate {rate:g}"] = gptq(3, "best", {"rate": rate})
+    for rate in (0.0, 0.001, 0.005):
+        out[f"3 bits best, scale rate {rate:g}"] = gptq(3, "best", {"scale_rate": rate})
+    for name, given in {"2:4": {"pattern": "2:4"}, "50%": {"sparsity": 0.5}}.items():
+        for quality in ("fast", "balanced", "best"):
+            out[f"{name} {quality}"] = {"steps": [{"sparsegpt": {**given, "quality": quality}}]}
+    for quality in ("balanced", "best"):
+        given = {"pattern": "2:4", "bits": 4, "group_size": GROUP, "quality": quality}
+        out[f"2:4, 4 bits {quality}"] = {"steps": [{"sparsegpt": given}]}
+        out[f"spqr 3 bits {quality}"] = {"steps": [{"spqr": {"quality": quality}}]}
+    out["nf4 fast"], out["nf4 best"] = ({"steps": [{"nf4": {"quality": q}}]} for q in ("fast", "best"))
+    return out
+
+
+def ours(args: argparse.Namespace, name: str, recipe: dict[str, Any], out: Path, seed: int) -> dict[str, Any]:
+    """One run of ours."""
+    import compress
+    from compress.recipe import make_recipe
+
+    result = compress.run(
+        args.model, make_recipe(recipe, "frontier", name), out, calib=args.calib, samples=args.samples,
+        seq_len=args.seq_len, seed=seed, device=args.device, no_eval=True, no_client=True,
+    )  # fmt: skip
+    refined = [r["figures"]["refined"] for r in result.records if "refined" in r["figures"]]
+    return {
+        "phases": result.seconds,
+        "seconds": sum(s for part, s in result.seconds.items() if part not in ("hash", "write", "verify")),
+        "refined": sum(refined) / len(refined) if refined else None,
+        "notes": result.notes,
+    }
+
+
+def autoround(args: argparse.Namespace, given: dict[str, Any], out: Path, seed: int) -> dict[str, Any]:
+    """The other tool on the same rows."""
+    import torch
+    from auto_round import AutoRound
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from compress import api
+    from compress.options import Options
+    from compress.passes.gptq import GPTQ
+
+    options = Options(
+        calib=args.calib,
+        samples=args.samples,
+        seq_len=args.seq_len,
+        seed=seed,
+        device=args.device,
+        no_eval=True,
+        out=out,
+    )
+    rows = api.make_job(args.model, GPTQ(4), options).rows
+    assert rows is not None
+    source = api.find_model(args.model)
+    model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.bfloat16)
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    data = [{"input_ids": row, "attention_mask": torch.ones_like(row)} for row in rows.tokens]
+    scheme = {"bits": given["bits"], "group_size": GROUP, "sym": True, "data_type": "int", "act_bits": 16}
+    made = AutoRound(
+        model, tokenizer, scheme=scheme, iters=given["iters"], seqlen=rows.tokens.shape[1], nsamples=len(data),
+        batch_size=8, dataset=torch.utils.data.DataLoader(data, batch_size=8), seed=42 + seed,
+        device_map=0 if args.device.startswith("cuda") else args.device, enable_torch_compile=False,
+    )  # fmt: skip
+    begun = time.perf_counter()
+    tuned, _ = made.quantize()
+    took = time.perf_counter() - begun
+    tuned.to("cpu").save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return {"seconds": took}
+
+
+def measured(args: argparse.Namespace, out: Path) -> dict[str, Any]:
+    """Figures on each text."""
+    from compress import api
+
+    texts = [args.eval, *args.other]
+    found = api.evaluate_models([out], texts, against=args.model, device=args.device, dtype="auto", cache_gb=8.0)
+    return {t["text"]: {k: t[k] for k in ("perplexity", "kl", "top1", "flips")} for t in found["models"][0]["texts"]}
+
+
+def one(args: argparse.Namespace, name: str, recipe: dict[str, Any], seed: int) -> dict[str, Any]:
+    import torch
+
+    from compress.report import peak_device_bytes
+
+    out = Path(args.out) / "checkpoint"
+    shutil.rmtree(out, ignore_errors=True)
+    device = torch.device(args.device)
+    if device.type == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    made: Callable[[], dict[str, Any]]
+    if "autoround" in recipe:
+        made = lambda: autoround(args, recipe["autoround"], out, seed)  # noqa: E731
+    else:
+        made = lambda: ours(args, name, recipe, out, seed)  # noqa: E731
+    try:
+        row = made() | {"device_bytes": peak_device_bytes(device), "texts": measured(args, out)}
+    except Exception as error:  # a peer fails as it likes; written down, and the rest goes on
+        traceback.print_exc()
+        row = {"failed": f"{type(error).__name__}: {error}"[:300]}
+    shutil.rmtree(out, ignore_errors=True)
+    return row
+
+
+def table(results: dict[str, Any]) -> str:
+    """A row a setting, on the first text."""
+    lines = [
+        "| setting | seed | perplexity | KL | top-1 | block error | seconds | solve | refine | GiB |",
+        "|---" * 10 + "|",
+    ]
+    for key, row in results["rows"].items():
+        name, _, seed = key.rpartition("/")
+        if "failed" in row:
+            lines.append(f"| {name} | {seed} | {row['failed']} |" + " |" * 7)
+            continue
+        text = next(iter(row["texts"].values()))
+        kl = text["kl"]["mean"]
+        phases = row.get("phases", {})
+        cells = [
+            name, seed, f"{text['perplexity']['value']:.3f}",
+            f"{kl['value']:.4f} ({kl['low']:.4f} to {kl['high']:.4f})",
+            f"{text['top1']['value']:.2%}", "" if not row.get("refined") else f"{row['refined']:.3f}",
+            f"{row['seconds']:.1f}", f"{phases.get('solve', 0):.1f}", f"{phases.get('refine', 0):.1f}",
+            f"{row['device_bytes'] / 2**30:.2f}",
+        ]  # fmt: skip
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "calib", "eval", "out"):
+        parser.add_argument(name)
+    parser.add_argument("--other", action="append", default=[])
+    parser.add_argument("--only", default="", help="parts of names, separated by commas")
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--seq-len", type=int, default=2048)
+    parser.add_argument("--device", default="cuda")
+    args = parser.parse_args()
+    from compress.bench.record import head
+
+    folder = Path(args.out)
+    folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "results.json"
+    results = (
+        json.loads(file.read_text())
+        if file.exists()
+        else {**head(0 if args.device.startswith("cuda") else None), "rows": {}}
+    )
+    for seed in map(int, args.seeds.split(",")):
+        for name, recipe in settings().items():
+            wanted = not args.only or any(part in name for part in args.only.split(","))
+            if not wanted or "failed" not in results["rows"].get(f"{name}/{seed}", {"failed": ""}):
+                continue
+            results["rows"][f"{name}/{seed}"] = one(args, name, recipe, seed)
+            file.write_text(json.dumps(results, indent=1))
+            print(table({"rows": {f"{name}/{seed}": results["rows"][f"{name}/{seed}"]}}).splitlines()[-1], flush=True)
+    (folder / "table.md").write_text(table(results) + "\n")
+
+
+if __name__ == "__main__":
+    main()
