@@ -425,6 +425,11 @@ class Refiner(Protocol):
         """
         ...
 
+    def words(self, layers: Sequence[Mapping[str, Any]]) -> list[str]:
+        """What was done, one line each. layers: see `Pass.words`; "refined" among the figures of those it tuned is what
+        the held-out error of their block became, as a share of what it was."""
+        ...
+
 
 def settings(value: Any) -> dict[str, Any]:
     """The fields of a settings dataclass as plain JSON values (which hold no infinity: it becomes "inf")."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -67,6 +67,18 @@ class Refine:
             return Refined(layers, 0.0, 0.0, tuple(notes))
         first, best = self._descend(moving, layers, task, held, seed)
         return Refined({**layers, **{name: x.packed() for name, x in moving.items()}}, first, best, tuple(notes))
+
+    def words(self, layers: Sequence[Mapping[str, Any]]) -> list[str]:
+        """One line: the steps, and what the blocks' held-out errors became."""
+        shares = [x["figures"]["refined"] for x in layers if "refined" in x["figures"]]
+        if not shares:
+            return []
+        mean, kept = sum(shares) / len(shares), sum(share == 1 for share in shares) / len(shares)
+        line = (
+            f"refined in {self.steps} steps a block: on held-out rows the blocks' outputs are off by {mean:.1%} of the "
+        )
+        line += "squared error that they had as solved, on average"
+        return [line + (f"; {kept:.0%} of the layers stayed as they were solved" if kept else "")]
 
     def _descend(
         self, moving: Mapping[str, Tuned], layers: Mapping[str, Packed], task: Task, held: int, seed: int

@@ -146,6 +146,7 @@ class _Grid:
             ends = (levels <= -zero.round()) | (levels >= self._top - zero.round())
             self._zero.add_(torch.sign(self._summed(slope * ends)), alpha=rate).clamp_(LOWEST_ZERO, self._top)
         self._place.sub_(torch.sign(slope), alpha=rate)
+        zero = self._columns(self._zero)
         low, high = -zero - _CELL, self._top - zero + _CELL
         self._place = torch.maximum(torch.minimum(self._place, high), low)
         if self._alive is not None:

@@ -23,6 +23,7 @@ from compress.passes.gptq import GPTQ
 from compress.passes.rtn import RTN
 from compress.recipe import Recipe, make_recipe
 from compress.refiners.refine import Refine
+from compress.report import words
 from compress.types import LayerStats, Packed
 from compress.weights import Weights
 
@@ -198,6 +199,9 @@ def test_a_run_at_best_quality(toy_run: Callable[..., Any], small_batches: None)
     assert [r["sha256_dense"] for r in fine.records] == [r["sha256_dense"] for r in again.records]
     assert [r["sha256_dense"] for r in fine.records] != [r["sha256_dense"] for r in plain.records]
     assert fine.seconds["refine"] > 0
+    (line,) = [x for x in words(fine) if x.startswith("refined")]
+    assert f"{sum(shares) / len(shares):.1%}" in line
+    assert not any(x.startswith("refined") for x in words(plain))
 
 
 def test_targets_are_the_original_models(
