@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -382,12 +382,26 @@ class BlockModel:
         with computing.Experts(fused) if fused else contextlib.nullcontext():
             return self._called(block, hidden, shape, self._blocks[block])
 
+    def vectors(self, block: int) -> dict[str, str]:
+        """Gains of norms and biases of a block: name on disk -> parameter."""
+        found = {p: self.parts[p] for p in self._params(self.block_names[block])}
+        return {x[0].name: p for p, x in found.items() if len(x) == 1 and self.model.get_parameter(p).dim() == 1}
+
     def output(
-        self, block: int, hidden: Tensor, shape: tuple[int, int], weights: Sequence[tuple[Linear, Tensor]]
+        self,
+        block: int,
+        hidden: Tensor,
+        shape: tuple[int, int],
+        weights: Sequence[tuple[Linear, Tensor]],
+        others: Mapping[str, Tensor] | None = None,
     ) -> Tensor:
-        """`run` with other weights [out, in] in place of some of the block's own; differentiable in them."""
+        """`run` with other weights [out, in] in place of some of the block's own; differentiable in them.
+
+        Args:
+            others: further parameters by their names.
+        """
         prefix = len(self.block_names[block]) + 1
-        given: dict[str, Tensor] = {}
+        given: dict[str, Tensor] = {param[prefix:]: value for param, value in (others or {}).items()}
         for linear, weight in weights:
             if linear.expert is None:
                 given[linear.param[prefix:]] = weight.t() if linear.transposed else weight

@@ -141,7 +141,7 @@ def compress_block(
         assert flow is not None
         assert original is not None
         with clock("refine"):
-            waiting = _refine(model, plan, block, waiting, flow, original, done)
+            waiting = _refine(model, plan, block, waiting, flow, original, done, outbox)
         with clock("pack"):
             for layer in waiting:
                 _store(model, plan, layer, model.set_packed(layer.linear, layer.packed), done, outbox)
@@ -274,6 +274,7 @@ def _refine(
     flow: Activations,
     targets: Activations,
     done: Block,
+    outbox: Outbox,
 ) -> list[Layer]:
     """Tune those layers of the block whose passes ask for it; the others stay as they are."""
     refiner = plan.recipe.refiner
@@ -292,6 +293,10 @@ def _refine(
 
     found = flow.within(work)
     done.notes += found.notes
+    for name, value in found.vectors.items():
+        model.set_stored(block, name, value)
+        done.tensors[name] = outbox.host(value)
+        done.changed[name] = ""  # until `Block.seal`
     share = found.after / found.before if found.before > 0 else 1.0
     return [_remeasured(x, found.packed[x.linear.name], share) if x in mine else x for x in layers]
 

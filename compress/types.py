@@ -368,10 +368,14 @@ class Task(Protocol):
 
     Attributes:
         dtype: in which the block computes.
+        vectors: gains of norms and biases of the block by name, as they are stored.
     """
 
     @property
     def dtype(self) -> torch.dtype: ...
+
+    @property
+    def vectors(self) -> Mapping[str, Tensor]: ...
 
     def __len__(self) -> int:
         """How many pieces there are."""
@@ -382,7 +386,8 @@ class Task(Protocol):
         ...
 
     def output(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        """[rows, seq, hidden]: what the block makes of `inputs` with these weights [out, in] in place of its own.
+        """[rows, seq, hidden]: what the block makes of `inputs` with these weights [out, in], and vectors, in place of
+        its own.
 
         Differentiable in the weights, which are of `dtype`.
         """
@@ -396,12 +401,14 @@ class Refined:
     Attributes:
         packed: by name, of the kind that was given.
         before, after: mean squared error of the block's output on pieces that the tuning did not see.
+        vectors: those of `Task.vectors` that were tuned, as they are to be stored.
         notes: what the report must say.
     """
 
     packed: Mapping[str, Packed]
     before: float
     after: float
+    vectors: Mapping[str, Tensor] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.refiners.tuned import Tuned, tunable, tuned
+from compress.refiners.tuned import Tuned, tunable, tuned, tuned_vector
 from compress.types import Packed, Refined, Task
 
 
@@ -42,6 +42,7 @@ class Refine:
     held_out: float = field(
         default=0.0625, metadata={"help": "share of the calibration rows that decides what is kept"}
     )
+    norms: bool = field(default=False, metadata={"help": "tune the gains of norms and the biases of the block, too"})
     looks: int = field(default=4, metadata={"help": "how often the held-out rows are looked at, evenly over the steps"})
 
     def __post_init__(self) -> None:
@@ -64,9 +65,15 @@ class Refine:
             notes.append("refine: the calibration rows are one piece, of which nothing can be held out: not refined")
             moving = {}
         if not moving:
-            return Refined(layers, 0.0, 0.0, tuple(notes))
-        first, best = self._descend(moving, layers, task, held, seed)
-        return Refined({**layers, **{name: x.packed() for name, x in moving.items()}}, first, best, tuple(notes))
+            return Refined(layers, 0.0, 0.0, notes=tuple(notes))
+        vectors = {name: tuned_vector(x) for name, x in task.vectors.items()} if self.norms else {}
+        parts = {**moving, **vectors}
+        like = {n: weights[n] for n in moving} | {n: x for n, x in task.vectors.items() if n in vectors}
+        leaves = {n: torch.empty_like(x, dtype=task.dtype) for n, x in like.items()}
+        first, best = self._descend(parts, {n: x.requires_grad_() for n, x in leaves.items()}, task, held, seed)
+        packed = {**layers, **{name: x.packed() for name, x in moving.items()}}
+        changed = {name: x.packed().dequantize() for name, x in vectors.items()} if best < first else {}
+        return Refined(packed, first, best, changed, tuple(notes))
 
     def words(self, layers: Sequence[Mapping[str, Any]]) -> list[str]:
         """One line: the steps, and what the blocks' held-out errors became."""
@@ -81,12 +88,13 @@ class Refine:
         return [line + (f"; {kept:.0%} of the layers stayed as they were solved" if kept else "")]
 
     def _descend(
-        self, moving: Mapping[str, Tuned], layers: Mapping[str, Packed], task: Task, held: int, seed: int
+        self, moving: Mapping[str, Tuned], leaves: Mapping[str, Tensor], task: Task, held: int, seed: int
     ) -> tuple[float, float]:
-        """Tune in place; what is left remembered is the best. Returns the held-out error before and after."""
-        leaves = {
-            name: torch.empty_like(layers[name].dequantize(), dtype=task.dtype).requires_grad_() for name in moving
-        }
+        """Tune in place; what is left remembered is the best. Returns the held-out error before and after.
+
+        Args:
+            leaves: memory for the weights of each, of which gradients are taken.
+        """
         last = range(len(task) - held, len(task))
         first = best = _error(moving, leaves, task, last)
         order = _order(len(task) - held, self.steps, seed)

@@ -25,6 +25,7 @@ class BlockTask:
     ) -> None:
         self._model, self._block = model, block
         self._linears = {linear.name: linear for linear in linears}
+        self._params = model.vectors(block)
         self._inputs, self._targets = inputs, targets
         rows = inputs.rows
         if len(inputs.tokens) <= rows and rows > 1:
@@ -39,6 +40,11 @@ class BlockTask:
     def dtype(self) -> torch.dtype:
         return self._model.dtype
 
+    @property
+    def vectors(self) -> Mapping[str, Tensor]:
+        stored = {name: self._model.weights.dtype(name) for name in self._params}
+        return {n: self._model.model.get_parameter(p).data.to(stored[n]) for n, p in self._params.items()}
+
     def __len__(self) -> int:
         return len(self._pieces)
 
@@ -48,4 +54,6 @@ class BlockTask:
 
     def output(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         shape = (len(inputs), self._inputs.tokens.shape[1])
-        return self._model.output(self._block, inputs, shape, [(self._linears[n], w) for n, w in weights.items()])
+        mine = [(self._linears[n], w) for n, w in weights.items() if n in self._linears]
+        others = {self._params[n]: w for n, w in weights.items() if n not in self._linears}
+        return self._model.output(self._block, inputs, shape, mine, others)

@@ -255,8 +255,13 @@ class _Apart:
         return replace(self._layer, inner=self._inner.packed())
 
 
+def tuned_vector(value: Tensor) -> Tuned:
+    """A gain or bias as it is stored; `packed` is a `Dense` of it."""
+    return _Values(Dense(value), torch.ones_like(value, dtype=torch.bool))
+
+
 class _Values:
-    """Kept weights that are stored as they are. Their moves have the size of their usual gradient (Adam's), not one."""
+    """Weights that are stored as they are. Their moves have the size of their usual gradient (Adam's), not one."""
 
     def __init__(self, layer: Dense, alive: Tensor) -> None:
         self._layer, self._alive = layer, alive

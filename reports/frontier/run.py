@@ -42,6 +42,7 @@ def settings() -> dict[str, dict[str, Any]]:
         out[f"{bits} bits best, past"] = gptq(bits, "best", correct_past=True)
         out[f"{bits} bits rtn best"] = {"steps": [{"rtn": {"bits": bits, "group_size": GROUP, "quality": "best"}}]}
         out[f"{bits} bits autoround"] = {"autoround": {"bits": bits, "iters": 200}}
+        out[f"{bits} bits best, norms"] = gptq(bits, "best", {"norms": True})
     for rate in (0.0025, 0.01, 0.02):
         out[f"3 bits best, rate {rate:g}"] = gptq(3, "best", {"rate": rate})
     for rate in (0.0, 0.001, 0.005):

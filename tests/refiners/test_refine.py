@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Toy:
     inputs: list[Tensor]
     targets: list[Tensor]
     dtype: torch.dtype = torch.float32
+    vectors: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -46,8 +47,8 @@ class Toy:
         return self.inputs[i], self.targets[i]
 
     def output(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
-        w = {**self.weights, **weights}
-        return torch.nn.functional.silu(inputs @ w["a"].t()) @ w["b"].t()
+        w = {**self.weights, **self.vectors, **weights}
+        return torch.nn.functional.silu(inputs * w.get("gain", 1) @ w["a"].t()) @ w["b"].t()
 
 
 def toy(pieces: int = 12, noise: float = 0.05) -> Toy:
@@ -87,6 +88,19 @@ def test_the_block_comes_nearer_to_its_output(method: Any) -> None:
     tensors = [[t for p in x.packed.values() for t in p.tensors().values()] for x in (found, again, other)]
     assert all(torch.equal(a, b) for a, b in zip(tensors[0], tensors[1], strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(tensors[0], tensors[2], strict=True))
+
+
+def test_gains_are_tuned_too() -> None:
+    task = toy()
+    task.vectors["gain"] = (1 + 0.3 * torch.sin(torch.arange(32.0))).bfloat16()  # the targets were made with 1
+    before = layers(task)
+    plain = Refine(steps=80, rate=0.02).refine(before, task.weights, task, seed=0)
+    fine = Refine(steps=80, rate=0.02, norms=True, scale_rate=0.01).refine(before, task.weights, task, seed=0)
+    assert plain.vectors == {}
+    assert fine.vectors["gain"].dtype == torch.bfloat16
+    assert fine.after < 0.9 * plain.after
+    task.vectors |= fine.vectors
+    assert fine.after == pytest.approx(error(task, fine.packed, range(11, 12)), rel=1e-5)
 
 
 def test_what_is_worse_on_held_out_rows_is_not_kept() -> None:
@@ -256,6 +270,17 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
     found = go(tmp_path / "b")
     assert found.resumed > 0
     assert [r["sha256_dense"] for r in found.records] == [r["sha256_dense"] for r in expected.records]
+
+
+def test_a_run_that_tunes_norms(toy: Path, toy_run: Callable[..., Any], small_batches: None, tmp_path: Path) -> None:
+    """They are stored as the original's were, read back, verified, and what the next block sees."""
+    steps = [{"gptq": {"bits": 2, "group_size": 32, "quality": "best"}}, {"refine": {"steps": 12, "norms": True}}]
+    found = toy_run(make_recipe({"steps": steps}, "r", "r"), "norms")
+    gains = [n for n in found.changed if "norm" in n]
+    assert gains
+    written, original = Checkpoint.open(tmp_path / "norms"), Checkpoint.open(toy)
+    assert all(written.read(n).dtype == original.read(n).dtype for n in gains)
+    assert any(not torch.equal(written.read(n), original.read(n)) for n in gains)
 
 
 def test_out_of_memory_refines_with_fewer_rows(
