@@ -90,18 +90,15 @@ def _build(name: str) -> Any:
         "inspect": checkpoints.inspect_command,
         "verify": checkpoints.verify_command,
         "export": checkpoints.export_command,
-        "rotate": rotate_command(),
         "report": choosing.report_command,
         "doctor": checkpoints.doctor_command,
         "demo": demo_command,
         "methods": methods_command,
-        "run": run_command(),
-        "auto": auto_command(),
-        "sweep": sweep_command(),
         "generate": talk.generate_command,
         "chat": talk.chat_command,
     }
-    function = functions.get(name) or pass_command(name)
+    made = {"run": run_command, "auto": auto_command, "sweep": sweep_command, "rotate": rotate_command}
+    function = functions.get(name) or (made[name]() if name in made else pass_command(name))
     small.command(name=name, help=inspect.getdoc(function))(function)
     return typer.main.get_command(small)
 

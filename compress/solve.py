@@ -298,7 +298,7 @@ def _refine(
         done.tensors[name] = outbox.host(value)
         done.changed[name] = ""  # until `Block.seal`
     share = found.after / found.before if found.before > 0 else 1.0
-    return [_remeasured(x, found.packed[x.linear.name], share) if x in mine else x for x in layers]
+    return [_remeasured(x, found.packed[x.linear.name], share) if x.linear.name in packed else x for x in layers]
 
 
 def _remeasured(layer: Layer, packed: Packed, share: float) -> Layer:

@@ -211,7 +211,7 @@ def _compared(
 ) -> dict[str, _Both]:
     sums = {group.linears[0].name: _Both() for group in groups}
     seen: dict[str, Tensor] = {}
-    pieces = sum(1 for _ in activations.pieces())
+    pieces = sum(-(-len(activations.batch(i)) // activations.rows) for i in range(len(activations)))
     with ExitStack() as stack:
         for group in groups:
             linear = group.linears[0]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from compress.commands.shared import Code, Device, Json, Model, Out, Quiet, hidden
+from compress.commands.shared import Code, Device, Json, Model, NoClient, NoVerify, Out, Overwrite, Quiet, hidden
 
 if TYPE_CHECKING:
     from compress.rotation.asked import Rotation
@@ -97,9 +97,7 @@ def verify_command(
         Optional[str],  # noqa: UP045
         typer.Option(help="the original: its other tensors must be there, and each layer's distance from it is told"),
     ] = None,
-    no_client: Annotated[
-        bool, typer.Option("--no-client", help="do not load it through the client that reads its format")
-    ] = False,
+    no_client: NoClient = False,
     device: Device = None,
     trust_remote_code: Code = False,
     as_json: Json = False,
@@ -136,11 +134,9 @@ def export_command(
         bool, typer.Option("--lossy", help="go on where the other format rounds or drops something")
     ] = False,
     target: Annotated[Optional[str], typer.Option(help="the client that must load the result")] = None,  # noqa: UP045
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="do not read the result back")] = False,
-    no_client: Annotated[
-        bool, typer.Option("--no-client", help="do not load it through the client that reads its format")
-    ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
+    no_verify: NoVerify = False,
+    no_client: NoClient = False,
+    overwrite: Overwrite = False,
     device: Device = None,
     trust_remote_code: Code = False,
     as_json: Json = False,
@@ -177,9 +173,9 @@ def rotate(
         Optional[Path],  # noqa: UP045
         typer.Option("-o", "--out", help="output folder; default: MODEL-rotated here"),
     ] = None,
-    no_verify: Annotated[bool, typer.Option("--no-verify", help="do not read the result back")] = False,
-    no_client: Annotated[bool, typer.Option("--no-client", help="do not load it through transformers")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an existing output")] = False,
+    no_verify: NoVerify = False,
+    no_client: NoClient = False,
+    overwrite: Overwrite = False,
     fresh: Annotated[bool, typer.Option("--fresh", help="start over instead of going on with a stopped run")] = False,
     allow_pickle: Annotated[
         bool, typer.Option("--allow-pickle", help="read pytorch_model.bin through torch's weights-only unpickler")

@@ -14,6 +14,10 @@ Quiet = Annotated[bool, typer.Option(help="no progress line")]
 Code = Annotated[bool, typer.Option(help="run model code that comes with the checkpoint")]
 Device = Annotated[Optional[str], typer.Option(help="cpu, cuda, cuda:1; default: cuda if there is one")]  # noqa: UP045
 
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="do not read the result back")]
+NoClient = Annotated[bool, typer.Option("--no-client", help="do not load it through the client that reads its format")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="replace an existing output")]
+
 Out = Annotated[
     Optional[Path],  # noqa: UP045
     typer.Option("-o", "--out", help="write OUT.json and OUT.md"),

@@ -32,6 +32,7 @@ from compress import grid
 from compress.errors import CompressError
 from compress.grid import Grid
 from compress.packed.uniform import UniformGrid, group_index
+from compress.passes import quality
 from compress.passes.quality import Quality, past_field, quality_field, settle_quality
 from compress.solvers import columns, kernel, obq
 from compress.solvers.columns import blocks
@@ -103,7 +104,7 @@ class GPTQ:
             raise CompressError(f"damp percent {self.damp_percent} is out of range", "--damp-percent", "try 0.01")
         if self.block_size < 1:
             raise CompressError(f"block size {self.block_size} is out of range", "--block-size", "try 128")
-        if self._sweeps < 0:
+        if quality.sweeps(self) < 0:
             raise CompressError(f"{self.descent} sweeps is out of range", "--descent", "use 0 or more")
         if self.act_order not in ("static", "groups", "none"):
             raise CompressError(f"no act order {self.act_order!r}", "--act-order", "use static, groups or none")
@@ -129,12 +130,7 @@ class GPTQ:
 
     @property
     def needs(self) -> Needs:
-        return Needs(hessian=True, outputs=self.quality == "best", past=self.correct_past)
-
-    @property
-    def _sweeps(self) -> int:
-        assert self.descent is not None  # settled when it was made
-        return self.descent
+        return quality.needs(self)
 
     @property
     def storage(self) -> Storage:
@@ -329,10 +325,10 @@ class GPTQ:
         ordered = damped[visit][:, visit]
         wanted = target[:, visit].t().contiguous()
         fixed = None if alive is None else alive[:, visit].t().contiguous()
-        for done in range(max(self._sweeps, 1)):
+        for done in range(max(quality.sweeps(self), 1)):
             if self.refit:
                 grids = refit_scales(k, target, damped, grids, size)
-            if done < self._sweeps:
+            if done < quality.sweeps(self):
                 scale, zero = self._by_column(grids, groups[visit])
                 levels = k[:, visit].t().contiguous()
                 with columns.products(self.tf32):

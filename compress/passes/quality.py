@@ -10,6 +10,7 @@ from dataclasses import field
 from typing import Any, Literal
 
 from compress.errors import CompressError
+from compress.types import Needs
 
 Quality = Literal["fast", "balanced", "best"]
 LEVELS = ("fast", "balanced", "best")
@@ -35,3 +36,15 @@ def settle_quality(settings: Any) -> None:
     for name, value in (("refit", more), ("descent", int(more))):
         if getattr(settings, name, value) is None:
             object.__setattr__(settings, name, value)  # frozen from here on
+
+
+def sweeps(settings: Any) -> int:
+    """The sweeps of descent of a pass that was made, and so settled."""
+    count: int | None = settings.descent
+    assert count is not None
+    return count
+
+
+def needs(settings: Any) -> Needs:
+    """What a pass that has a Hessian needs at its quality."""
+    return Needs(hessian=True, outputs=settings.quality == "best", past=settings.correct_past)

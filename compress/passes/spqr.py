@@ -40,6 +40,7 @@ from compress.packed import bilevel, outliers
 from compress.packed.bilevel import PLAIN, BiLevel, Statistic
 from compress.packed.outliers import Outliers
 from compress.packed.uniform import group_index
+from compress.passes import quality
 from compress.passes.quality import Quality, past_field, quality_field, settle_quality
 from compress.solvers import columns
 from compress.solvers import spqr as spqr_sweep
@@ -101,7 +102,7 @@ class SpQR:
             ("--group-size", "group size", self.group_size, 8, 128, "use 8 to 128"),
             ("--qq-groupsize", "second-level group size", self.qq_groupsize, 2, 1024, "try 16"),
             ("--block-size", "block size", self.block_size, 1, inf, "try 128"),
-            ("--descent", "number of sweeps", self._sweeps, 0, inf, "use 0 or more"),
+            ("--descent", "number of sweeps", quality.sweeps(self), 0, inf, "use 0 or more"),
         )
         for flag, what, value, low, high, remedy in sizes:
             if not low <= value <= high:
@@ -117,12 +118,7 @@ class SpQR:
 
     @property
     def needs(self) -> Needs:
-        return Needs(hessian=True, outputs=self.quality == "best", past=self.correct_past)
-
-    @property
-    def _sweeps(self) -> int:
-        assert self.descent is not None  # settled when it was made
-        return self.descent
+        return quality.needs(self)
 
     @property
     def row_unit(self) -> int:
@@ -213,7 +209,7 @@ class SpQR:
         last = (self.bits, scale_dtype, self.block_size)
         with columns.products(self.tf32):
             solved = spqr_sweep.sweep(wanted, factor, grids, *last)
-        for _ in range(self._sweeps):
+        for _ in range(quality.sweeps(self)):
             with columns.products(self.tf32):
                 solved = spqr_sweep.descend(solved, wanted, damped, grids, *last)
         solved = self._keep_better_rows(solved, wanted, hessian[visit][:, visit], grids, scale_dtype, notes)

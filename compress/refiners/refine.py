@@ -66,9 +66,10 @@ class Refine:
             moving = {}
         if not moving:
             return Refined(layers, 0.0, 0.0, notes=tuple(notes))
-        vectors = {name: tuned_vector(x) for name, x in task.vectors.items()} if self.norms else {}
+        gains = task.vectors if self.norms else {}
+        vectors = {name: tuned_vector(x) for name, x in gains.items()}
         parts = {**moving, **vectors}
-        like = {n: weights[n] for n in moving} | {n: x for n, x in task.vectors.items() if n in vectors}
+        like = {**{n: weights[n] for n in moving}, **gains}
         leaves = {n: torch.empty_like(x, dtype=task.dtype) for n, x in like.items()}
         first, best = self._descend(parts, {n: x.requires_grad_() for n, x in leaves.items()}, task, held, seed)
         packed = {**layers, **{name: x.packed() for name, x in moving.items()}}
@@ -102,8 +103,7 @@ class Refine:
         for i, piece in enumerate(order):
             fall = 1 - i / self.steps
             slopes = _slopes(moving, leaves, task, piece)
-            for (name, layer), slope in zip(moving.items(), slopes, strict=True):
-                del name
+            for layer, slope in zip(moving.values(), slopes, strict=True):
                 layer.step(slope, self.rate * fall, self.scale_rate * fall)
             if (i + 1) % every and i + 1 < self.steps:
                 continue
