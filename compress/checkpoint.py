@@ -1,4 +1,4 @@
-"""Checkpoint folders: a safetensors reader that takes one tensor at a time, and an atomic sharded writer.
+"""Checkpoint folders: a safetensors reader that takes one tensor at a time.
 
 Knows files, names, shapes and dtypes; knows no maths. The reader checks every header through the safetensors library
 and then reads bytes with plain file reads, not through a memory map: a map would count every touched page of the file
@@ -10,24 +10,20 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
-import sys
-import tempfile
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from compress.errors import CompressError
+from compress.hashes import hash_parts
 
-_DTYPES = {
+DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
     "F16": torch.float16,
@@ -41,10 +37,9 @@ _DTYPES = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_NAMES = {v: k for k, v in _DTYPES.items()}
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_COPY_BYTES = 1 << 24
+DTYPE_NAMES = {v: k for k, v in DTYPES.items()}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
 _PIECE_BYTES = 1 << 26
 
 
@@ -70,7 +65,7 @@ class Stored:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return _DTYPES[self.dtype]
+        return DTYPES[self.dtype]
 
     @property
     def numel(self) -> int:
@@ -121,7 +116,7 @@ def read_header(path: Path) -> dict[str, Stored]:
     for name, entry in header.items():
         if name == "__metadata__":
             continue
-        if entry["dtype"] not in _DTYPES:
+        if entry["dtype"] not in DTYPES:
             what = f"tensor {name} has dtype {entry['dtype']}, which is not supported"
             raise CompressError(what, str(path), "pass a 16- or 32-bit checkpoint")
         begin, end = entry["data_offsets"]
@@ -164,12 +159,12 @@ class Checkpoint:
         if not folder.is_dir():
             raise CompressError("no such folder", str(folder), "pass a model folder or a hub id such as org/name")
         config = read_json(folder / "config.json")
-        index = folder / _INDEX
+        index = folder / INDEX
         weight_map = _weight_map(index) if index.exists() else {}
         if weight_map:
             names = sorted(set(weight_map.values()))
-        elif (folder / _SINGLE).exists():
-            names = [_SINGLE]
+        elif (folder / SINGLE).exists():
+            names = [SINGLE]
         else:
             names = sorted(p.name for p in folder.glob("*.safetensors") if not p.name.startswith("adapter"))
         if names:
@@ -205,7 +200,7 @@ class Checkpoint:
         files = [*([config] if config.is_file() else []), *self.files()]
         pieces = [(f, at) for f in files for at in range(0, max(f.stat().st_size, 1), _PIECE_BYTES)]
         found: dict[str, Any] = {file.name: hashlib.sha256() for file in files}
-        for (file, _), digest in zip(pieces, _hashes(pieces, _PIECE_BYTES, stop), strict=True):
+        for (file, _), digest in zip(pieces, hash_parts(pieces, _PIECE_BYTES, stop), strict=True):
             found[file.name].update(digest)
         return {name: digest.hexdigest() for name, digest in found.items()}
 
@@ -246,6 +241,12 @@ def side_by_side(rows: Tensor, heads: int) -> Tensor:
     return rows.reshape(heads, 2, -1, *rows.shape[1:]).transpose(1, 2).reshape(rows.shape)
 
 
+def tensor_bytes(tensor: Tensor) -> memoryview:
+    """The raw little-endian bytes of a CPU tensor."""
+    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
+    return memoryview(flat)  # type: ignore[arg-type]
+
+
 def _weight_map(index: Path) -> dict[str, str]:
     """Tensor name -> shard from an index; every shard is a plain name inside the folder."""
     weight_map = read_json(index).get("weight_map")
@@ -275,6 +276,8 @@ def _merge(shards: Iterable[tuple[Path, dict[str, Stored]]]) -> dict[str, Stored
 
 def _unpickled(folder: Path, allow: bool, cache: Path | None) -> Iterator[tuple[Path, dict[str, Stored]]]:
     """The tensors of each pytorch_model*.bin, rewritten as safetensors in `cache`; without one, names and shapes."""
+    from compress.writer import save_tensors  # which reads through this module
+
     pickles = sorted(folder.glob("pytorch_model*.bin"))
     if not pickles:
         raise CompressError("no .safetensors file", str(folder), "pass a folder with model weights")
@@ -287,7 +290,7 @@ def _unpickled(folder: Path, allow: bool, cache: Path | None) -> Iterator[tuple[
     for file in pickles:
         state = _unpickle(file, "meta" if cache is None else "cpu")
         if cache is None:
-            yield file, {n: Stored(file, 0, t.nbytes, _NAMES[t.dtype], tuple(t.shape)) for n, t in state.items()}
+            yield file, {n: Stored(file, 0, t.nbytes, DTYPE_NAMES[t.dtype], tuple(t.shape)) for n, t in state.items()}
             continue
         rewritten = cache / (file.stem + ".safetensors")
         try:
@@ -314,187 +317,7 @@ def _unpickle(file: Path, device: str) -> dict[str, Tensor]:
         what = f"holds a {type(state).__name__} of {len(state) if isinstance(state, dict) else 1}, not tensors by name"
         raise CompressError(what, str(file), "pass a state dict")
     for name, value in state.items():
-        dense = isinstance(value, Tensor) and value.layout is torch.strided and value.dtype in _NAMES
+        dense = isinstance(value, Tensor) and value.layout is torch.strided and value.dtype in DTYPE_NAMES
         if not isinstance(name, str) or not dense:
             raise CompressError(f"holds {type(value).__name__} {name!r}, not a dense tensor", str(file), "remove it")
     return state
-
-
-def hash_files(paths: Sequence[Path]) -> dict[str, str]:
-    """sha256 of each file, by its name, hashed in parallel."""
-    return {path.name: digest.hex() for path, digest in zip(paths, _hashes([(p, 0) for p in paths]), strict=True)}
-
-
-def _hashes(
-    parts: Sequence[tuple[Path, int]], nbytes: int = sys.maxsize, stop: threading.Event | None = None
-) -> list[bytes]:
-    """sha256 of at most `nbytes` of each file, from an offset on."""
-
-    def one(part: tuple[Path, int]) -> bytes:
-        path, start = part
-        digest = hashlib.sha256()
-        with path.open("rb", buffering=0) as f:
-            left = min(nbytes, os.fstat(f.fileno()).st_size - start)
-            f.seek(start)
-            chunk = memoryview(bytearray(min(_COPY_BYTES, max(left, 1))))
-            got = -1
-            while left > 0 and got:
-                if stop is not None and stop.is_set():
-                    raise CancelledError
-                got = f.readinto(chunk[:left])
-                digest.update(chunk[:got])
-                left -= got
-        return digest.digest()
-
-    with ThreadPoolExecutor(max_workers=min(16, os.cpu_count() or 1)) as pool:
-        return list(pool.map(one, parts))
-
-
-def tensor_bytes(tensor: Tensor) -> memoryview:
-    """The raw little-endian bytes of a CPU tensor."""
-    flat = tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy()
-    return memoryview(flat)  # type: ignore[arg-type]
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor]) -> str:
-    """Write one safetensors file durably (temporary name, fsync, rename). Returns its sha256."""
-    entries = [(n, _NAMES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for n, t in tensors.items()]
-    chunks = {n: (lambda t=t: [tensor_bytes(t)]) for n, t in tensors.items()}
-    return _write(path, entries, lambda name: chunks[name]())
-
-
-def _write(path: Path, entries: list[tuple[str, str, tuple[int, ...], int]], content: Any) -> str:
-    """Write a safetensors file; `content(name)` yields each tensor's bytes. Widest dtypes first, so all are aligned."""
-    entries = sorted(entries, key=lambda e: -_DTYPES[e[1]].itemsize)
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    at = 0
-    for name, dtype, shape, nbytes in entries:
-        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, at + nbytes]}
-        at += nbytes
-    raw = json.dumps(header, separators=(",", ":")).encode()
-    raw += b" " * (-len(raw) % 8)
-    digest = hashlib.sha256(len(raw).to_bytes(8, "little") + raw)
-    with _durably(path, 8 + len(raw) + at) as f, ThreadPoolExecutor(1, "sha256") as hashing:
-        f.write(len(raw).to_bytes(8, "little") + raw)
-        last: Future[None] | None = None
-        for name, *_ in entries:
-            for chunk in content(name):
-                hashed = hashing.submit(digest.update, chunk)  # while it is written: both take about as long
-                f.write(chunk)
-                if last is not None:
-                    last.result()
-                last = hashed
-    return digest.hexdigest()
-
-
-@contextmanager
-def _durably(path: Path, nbytes: int) -> Iterator[BinaryIO]:
-    """A file to write: temporary name, fsync, rename. Raises CompressError when the disk does not take it."""
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as f:
-            yield f
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        what = f"its {nbytes} bytes cannot be written ({error.strerror})"
-        remedy = "mend that, then give the same command again: finished blocks are kept"
-        raise CompressError(what, str(path), remedy) from error
-
-
-def _file_chunks(stored: Stored) -> Iterator[bytes | memoryview]:
-    if stored.rope_heads:
-        yield tensor_bytes(read_tensor(stored))
-        return
-    with stored.file.open("rb") as f:
-        f.seek(stored.start)
-        left = stored.nbytes
-        while left:
-            chunk = f.read(min(left, _COPY_BYTES))
-            if not chunk:
-                raise CompressError("the file ends inside a tensor", str(stored.file), "download it again")
-            left -= len(chunk)
-            yield chunk
-
-
-def write_shards(
-    folder: Path,
-    tensors: Iterable[tuple[str, Stored]],
-    shard_bytes: int,
-    written: Sequence[tuple[Path, str]] = (),
-) -> dict[str, str]:
-    """Put stored tensors into shards of at most `shard_bytes` (a larger tensor gets its own), with an index.
-
-    Args:
-        written: safetensors files with their sha256. One that holds nothing but tensors of the list becomes a shard as
-            it is: by another name of the same file, or copied where the file system has no hard links.
-
-    Returns:
-        sha256 of every file written, by name.
-    """
-    digests = dict(written)
-    ready: dict[Path, list[tuple[str, Stored]]] = {file: [] for file in digests}
-    rest: list[tuple[str, Stored]] = []
-    for name, stored in tensors:
-        ready.get(stored.file, rest).append((name, stored))
-    for part in [f for f, held in ready.items() if len(held) != len(read_header(f))]:
-        rest += ready.pop(part)
-    shards: list[tuple[Path | None, list[tuple[str, Stored]]]] = [(f, held) for f, held in ready.items() if held]
-    room = 0
-    for name, stored in rest:
-        if not room or stored.nbytes > room:
-            shards.append((None, []))
-            room = shard_bytes
-        shards[-1][1].append((name, stored))
-        room = max(room - stored.nbytes, 0)
-    hashes: dict[str, str] = {}
-    weight_map: dict[str, str] = {}
-    for i, (file, shard) in enumerate(shards):
-        name = _SINGLE if len(shards) == 1 else f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        if file is None:
-            found = dict(shard)
-            entries = [(n, s.dtype, s.shape, s.nbytes) for n, s in shard]
-            hashes[name] = _write(folder / name, entries, lambda name, found=found: _file_chunks(found[name]))
-        else:
-            _same_file(file, folder / name)
-            hashes[name] = digests[file]
-        weight_map.update({n: name for n, _ in shard})
-    if len(shards) > 1:
-        total = sum(s.nbytes for _, shard in shards for _, s in shard)
-        hashes[_INDEX] = write_json(folder / _INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return hashes
-
-
-def has_links(folder: Path) -> bool:
-    """Whether files of an existing folder can have two names; False where nothing can be written."""
-    try:
-        with tempfile.TemporaryDirectory(prefix=".compress-links-", dir=folder) as place:
-            file = Path(place) / "a"
-            file.touch()
-            os.link(file, file.with_name("b"))
-    except OSError:
-        return False
-    return True
-
-
-def _same_file(file: Path, name: Path) -> None:
-    """Give a finished file another name, or copy it durably."""
-    try:
-        os.link(file, name)
-    except OSError:
-        with _durably(name, file.stat().st_size) as copy, file.open("rb") as original:
-            shutil.copyfileobj(original, copy, _COPY_BYTES)
-
-
-def write_json(path: Path, value: Any) -> str:
-    """Write JSON durably (temporary name, fsync, rename). Returns its sha256."""
-    return write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def write_text(path: Path, text: str) -> str:
-    """Write a text file durably (temporary name, fsync, rename). Returns its sha256."""
-    raw = text.encode()
-    with _durably(path, len(raw)) as f:
-        f.write(raw)
-    return hashlib.sha256(raw).hexdigest()

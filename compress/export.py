@@ -314,7 +314,7 @@ def _finish(
 ) -> None:
     """The record and the card: what the source's said, and what was moved."""
     from compress import __version__
-    from compress.checkpoint import write_text
+    from compress.writer import write_text
 
     earlier = {k: v for k, v in (read_record(source) or {}).items() if k != "sha256"}
     moved = {"from": before, "to": done.format, "losses": done.losses, "largest_change": done.largest_change}

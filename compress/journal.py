@@ -19,8 +19,10 @@ from typing import Any
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from compress.checkpoint import Stored, hash_files, read_header, read_json, save_tensors, write_json
+from compress.checkpoint import Stored, read_header, read_json
 from compress.errors import CompressError
+from compress.hashes import hash_files
+from compress.writer import save_tensors, write_json
 
 _FRESH = "pass --fresh to start over"
 #: what a run leaves in its work folder; a folder that holds anything else is not deleted

@@ -7,11 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import Checkpoint, Stored, has_links, hash_files, read_json, write_json, write_shards
+from compress.checkpoint import Checkpoint, Stored, read_json
 from compress.formats.base import Format
 from compress.gguf import files as gguf_files
 from compress.gguf import writer as gguf_writing
+from compress.hashes import hash_files
 from compress.skeleton import quiet_transformers
+from compress.writer import has_links, write_json, write_shards
 
 SHARD_BYTES = 5_000_000_000
 #: from this size on what was written block by block is not written again: each block is a shard

@@ -18,7 +18,7 @@ from compress import plan as planning
 from compress.ahead import Begun, Here, Lane, Outbox, lane_to
 from compress.asking import ask
 from compress.blocks import BlockModel
-from compress.checkpoint import Checkpoint, write_text
+from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.evaluate.perplexity import evaluate
 from compress.evaluate.texts import sizes_of
@@ -34,6 +34,7 @@ from compress.solve import Block, compress_block, survey_model
 from compress.types import moved
 from compress.verify import Proof, verify
 from compress.weights import Weights
+from compress.writer import write_text
 
 #: how much more than `Plan.device_bytes` a block is taken to need, the next one's tensors among it
 _SLACK = 2

@@ -16,9 +16,10 @@ from torch import Tensor
 
 from compress.ahead import in_order, lane_to
 from compress.blocks import BlockModel, refuse_infinite
-from compress.checkpoint import Checkpoint, hash_files, tensor_bytes
+from compress.checkpoint import Checkpoint, tensor_bytes
 from compress.errors import CompressError
 from compress.gguf.writer import COMPUTED
+from compress.hashes import hash_files
 from compress.output import RECORD, WEIGHT_FILES, read_record
 from compress.weights import Weights
 

@@ -20,23 +20,12 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress import checkpoint, output
-from compress.checkpoint import (
-    Checkpoint,
-    Stored,
-    has_links,
-    hash_files,
-    read_header,
-    read_json,
-    read_tensor,
-    save_tensors,
-    tensor_bytes,
-    write_json,
-    write_shards,
-    write_text,
-)
+from compress.checkpoint import Checkpoint, Stored, read_header, read_json, read_tensor, tensor_bytes
 from compress.errors import CompressError
+from compress.hashes import hash_files
 from compress.passes.rtn import RTN
 from compress.verify import check_hashes, verify
+from compress.writer import has_links, save_tensors, write_json, write_shards, write_text
 
 DTYPES = [
     torch.float64,

@@ -141,7 +141,7 @@ def test_dry_run_reads_no_weight_and_writes_nothing(
     def read(*args: Any) -> Any:
         raise AssertionError("a weight was read")
 
-    for owner, name in ((checkpoint, "read_tensor"), (checkpoint, "hash_files"), (pipeline, "compress_checkpoint")):
+    for owner, name in ((checkpoint, "read_tensor"), (checkpoint, "hash_parts"), (pipeline, "compress_checkpoint")):
         monkeypatch.setattr(owner, name, read)
     out, err = line(method, model, "--dry-run", "--json", "--allow-pickle")
     plan = json.loads(out)

@@ -95,7 +95,7 @@ def test_records_know_without_the_list(folder: Path) -> None:
     stored[name][0, 0] ^= 1
     save_file(stored, folder / "model.safetensors", {"format": "pt"})
     record = json.loads((folder / "compress.json").read_text())
-    from compress.checkpoint import hash_files
+    from compress.hashes import hash_files
 
     record["sha256"] |= hash_files([folder / "model.safetensors"])
     (folder / "compress.json").write_text(json.dumps(record))

@@ -30,14 +30,16 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.blocks import BlockModel
-from compress.checkpoint import Checkpoint, hash_files, save_tensors, write_shards
+from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.formats import FORMATS
 from compress.formats.base import Held
+from compress.hashes import hash_files
 from compress.recipe import Recipe, parse
 from compress.types import LayerStats
 from compress.verify import check_hashes
 from compress.weights import Weights
+from compress.writer import save_tensors, write_shards
 
 EXAMPLES = 2400
 SECONDS = 5.0  # no reader takes a tenth of it; a loaded machine might

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 import compress
-from compress.checkpoint import Checkpoint, tensor_bytes, write_json
+from compress.checkpoint import Checkpoint, tensor_bytes
 from compress.errors import CompressError
 from compress.examine import examine
 from compress.export import export
@@ -28,6 +28,7 @@ from compress.inventory import inventory
 from compress.linear import PackedLinear
 from compress.types import Storage
 from compress.weights import Weights
+from compress.writer import write_json
 
 DATA = Path(__file__).resolve().parent / "data" / "peers"
 

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from compress.auto.candidates import Candidate
 from compress.blocks import Linear
-from compress.checkpoint import read_header, read_json, read_tensor, save_tensors, write_json
+from compress.checkpoint import read_header, read_json, read_tensor
 from compress.errors import CompressError
 from compress.journal import compare
 from compress.packed import KINDS
 from compress.types import Packed
+from compress.writer import save_tensors, write_json
 
 _FRESH = "pass --fresh to measure anew, or another folder with --measured"
 #: {layer: {candidate: {"loss", "norm", "tokens"}}}

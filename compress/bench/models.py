@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from compress.assets import folder as asset
-from compress.checkpoint import tensor_bytes, write_json
+from compress.checkpoint import tensor_bytes
+from compress.writer import write_json
 
 #: bytes of a shard at most, a larger tensor aside
 SHARD = 5 * 10**9

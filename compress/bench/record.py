@@ -17,9 +17,9 @@ import psutil
 import torch
 
 from compress import __version__
-from compress.checkpoint import write_json, write_text
 from compress.cuda import support
 from compress.errors import CompressError
+from compress.writer import write_json, write_text
 
 SCHEMA = 1
 _PACKAGES = (

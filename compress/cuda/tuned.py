@@ -91,7 +91,7 @@ def save(device: str, capability: tuple[int, int], sms: int, date: str, entries:
     Raises:
         CompressError: the folder cannot be written.
     """
-    from compress.checkpoint import write_text
+    from compress.writer import write_text
 
     file = user_file(device)
     every = {e.case: e for e in _entries(file, device)} | {e.case: e for e in entries}

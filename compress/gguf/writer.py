@@ -16,12 +16,14 @@ from typing import Any
 import numpy
 import torch
 
-from compress.checkpoint import Checkpoint, Stored, _durably, hash_files, read_tensor, side_by_side, tensor_bytes
+from compress.checkpoint import Checkpoint, Stored, read_tensor, side_by_side, tensor_bytes
 from compress.errors import CompressError
 from compress.formats.gguf import TYPES
 from compress.gguf.config import rope_factors
 from compress.gguf.header import LAYERS_KEY, ROPE_FREQS
 from compress.gguf.names import rope_heads, to_gguf
+from compress.hashes import hash_files
+from compress.writer import _durably
 
 SINGLE = "model.gguf"
 #: model_type -> llama.cpp's architecture

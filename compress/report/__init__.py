@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress.checkpoint import write_json, write_text
 from compress.formats import OWN, holders
 from compress.output import seal
 from compress.recipe import chained
 from compress.report import card
+from compress.writer import write_json, write_text
 
 if TYPE_CHECKING:
     from compress.evaluate.perplexity import Score

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from compress.asking import ask
 from compress.blocks import BlockModel, all_finite
-from compress.checkpoint import Checkpoint, write_text
+from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.evaluate.states import final_states
 from compress.formats import FORMATS
@@ -46,6 +46,7 @@ from compress.rotation.matrices import Orthogonal, rotation
 from compress.rotation.outside import rotate_outside
 from compress.verify import Proof, digest, verify
 from compress.weights import Weights
+from compress.writer import write_text
 
 Step = Callable[[int, int], None]
 

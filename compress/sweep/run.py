@@ -11,7 +11,7 @@ from typing import Any
 
 from compress import api, pipeline
 from compress.calibration import Rows
-from compress.checkpoint import read_json, write_json
+from compress.checkpoint import read_json
 from compress.errors import CompressError
 from compress.job import Job, Progress
 from compress.journal import compare
@@ -21,6 +21,7 @@ from compress.plan import check_room
 from compress.stats import Shared
 from compress.sweep.front import Point, Wish, choose, front
 from compress.sweep.settings import Setting
+from compress.writer import write_json
 
 Told = Callable[[str], None]
 Row = dict[str, Any]

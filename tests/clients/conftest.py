@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import compress
-from compress.checkpoint import Checkpoint, write_json
+from compress.checkpoint import Checkpoint
 from compress.weights import Weights
+from compress.writer import write_json
 
 HERE = Path(__file__).resolve().parent
 ENVIRONMENTS = Path(os.environ.get("COMPRESS_CLIENTS", HERE.parent.parent / ".clients")).resolve()

@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PreTrainedConfig, Qwen3MoeConfig
 
 from compress import CompressError, method
-from compress.checkpoint import Checkpoint, write_json
+from compress.checkpoint import Checkpoint
 from compress.formats import FORMATS
 from compress.linear import install
 from compress.packed import blockwise
 from compress.recipe import make_recipe
 from compress.types import Pass
 from compress.weights import Weights
+from compress.writer import write_json
 
 bnb = pytest.importorskip("bitsandbytes")
 pytest.importorskip("accelerate")

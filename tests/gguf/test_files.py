@@ -27,7 +27,7 @@ from transformers import (
 import compress
 from compress import GPTQ, RTN
 from compress.api import find_model, load_tokenizer
-from compress.checkpoint import Checkpoint, write_shards
+from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.gguf import config as gguf_config
 from compress.gguf import tokenizer as gguf_tokenizer
@@ -35,6 +35,7 @@ from compress.gguf import writer
 from compress.skeleton import load_config
 from compress.verify import digest
 from compress.weights import Weights
+from compress.writer import write_shards
 
 SIZES: dict[str, Any] = {
     "hidden_size": 64,

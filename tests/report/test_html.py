@@ -238,7 +238,8 @@ def test_without_the_original_the_section_says_so(runs: dict[str, Path], tmp_pat
 
 
 def test_another_model_is_not_taken_for_the_original(runs: dict[str, Path], toy: Path, tmp_path: Path) -> None:
-    from compress.checkpoint import read_tensor, save_tensors
+    from compress.checkpoint import read_tensor
+    from compress.writer import save_tensors
 
     wrong = Path(shutil.copytree(toy, tmp_path / "wrong"))
     stored = Checkpoint.open(wrong).tensors

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 from compress.errors import CompressError
-from compress.rotation.matrices import KINDS, core_order, heads_in, heads_out, paley, rotation, sylvester
+from compress.rotation.asked import KINDS, Kind
+from compress.rotation.matrices import core_order, heads_in, heads_out, paley, rotation, sylvester
 
 SIZES = (1, 2, 3, 4, 8, 12, 20, 28, 36, 52, 60, 64, 76, 96, 104, 127, 144, 576, 768, 896, 960, 1000)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("size", SIZES)
-def test_orthogonal_and_equal_to_its_twin(size: int, kind: str) -> None:
-    made = rotation(size, kind, seed=3)  # type: ignore[arg-type]
+def test_orthogonal_and_equal_to_its_twin(size: int, kind: Kind) -> None:
+    made = rotation(size, kind, seed=3)
     dense = made.dense()
     assert dense.dtype == torch.float64
     assert dense.shape == (size, size)
@@ -28,8 +29,8 @@ def test_orthogonal_and_equal_to_its_twin(size: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_seeds(kind: str) -> None:
-    one, again, other = (rotation(52, kind, seed).dense() for seed in (5, 5, 6))  # type: ignore[arg-type]
+def test_seeds(kind: Kind) -> None:
+    one, again, other = (rotation(52, kind, seed).dense() for seed in (5, 5, 6))
     assert torch.equal(one, again)
     assert not torch.allclose(one, other)
 

@@ -37,7 +37,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoint import write_json, write_text
 from compress.errors import CompressError
 from compress.report.html.evaluations import SWEEP, swept
 from compress.report.html.facts import Facts
@@ -46,6 +45,7 @@ from compress.report.html.markdown import MARK, markdown
 from compress.report.html.page import GENERATOR, page
 from compress.report.html.svg import library
 from compress.report.html.words import headline
+from compress.writer import write_json, write_text
 
 SCHEMA = 1
 KIND = "report"
