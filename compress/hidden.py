@@ -17,6 +17,7 @@ from torch import Tensor
 
 from compress.ahead import Lane, Mark, lane_to
 from compress.checkpoint import read_into, tensor_bytes
+from compress.cuda.replay import Replays
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
@@ -165,6 +166,7 @@ class Activations:
 
     Attributes:
         rows: how many rows go through a block at once, `size` at most.
+        replays: for what is done to many of them.
     """
 
     def __init__(
@@ -184,6 +186,7 @@ class Activations:
         self._room = (held, low_memory, free)
         nbytes = tokens.numel() * model.hidden_size * model.dtype.itemsize
         self._states = HiddenStates(model.device, spill, choose_tier(nbytes, model.device, held, low_memory, free))
+        self.replays = Replays(model.device)
 
     def beside(self, spill: Path) -> Activations:
         """The same rows in batches of the same size, on a way of their own."""
@@ -282,6 +285,7 @@ class Activations:
 
     def close(self) -> None:
         """Free the memory, remove the spill file."""
+        self.replays.close()
         self._states.close()
 
 

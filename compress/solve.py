@@ -289,7 +289,10 @@ def _refine(
     linears = [x.linear for x in mine]
 
     def work() -> Refined:
-        return refiner.refine(packed, weights, BlockTask(model, block, linears, flow, targets), block)
+        try:
+            return refiner.refine(packed, weights, BlockTask(model, block, linears, flow, targets), block)
+        finally:
+            done.notes += flow.replays.rest()
 
     found = flow.within(work)
     done.notes += found.notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, ClassVar, Protocol, Self, runtime_checkable
 
@@ -368,11 +368,15 @@ class Task(Protocol):
 
     Attributes:
         dtype: in which the block computes.
+        device: where.
         vectors: gains of norms and biases of the block by name, as they are stored.
     """
 
     @property
     def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
 
     @property
     def vectors(self) -> Mapping[str, Tensor]: ...
@@ -390,6 +394,14 @@ class Task(Protocol):
         its own.
 
         Differentiable in the weights, which are of `dtype`.
+        """
+        ...
+
+    def repeated(self, work: Callable[..., None]) -> Callable[..., None]:
+        """`work` for many calls with tensors of the same shapes, quicker where a device can be told all of it at once.
+
+        Args:
+            work: a function of tensors that changes others in place, without waiting for the device.
         """
         ...
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from compress.bench.quantisers import TOOLS
-from compress.bench.stages import Setting, default_gptq, fast_gptq
+from compress.bench.stages import Setting, best_gptq, default_gptq, fast_gptq
 from compress.errors import CompressError
 from compress.passes.absmax import Absmax
 from compress.passes.nf4 import NF4
@@ -68,6 +68,7 @@ class Request:
 METHODS: dict[str, Callable[[Setting], Pass]] = {
     "gptq-fast": fast_gptq,
     "gptq": default_gptq,
+    "gptq-best": best_gptq,
     "rtn": lambda setting: RTN(setting.bits, setting.group),
     "nf4": lambda setting: NF4(),
     "absmax": lambda setting: Absmax(),

@@ -13,6 +13,7 @@ _FIGURES = {
     "seconds": ("seconds", 1.0, "s"),
     "seconds_all": ("seconds, carried on to all blocks", 1.0, "s"),
     "solve_seconds": ("seconds of solving", 1.0, "s"),
+    "refine_block_seconds": ("seconds of refining a block", 1.0, "s"),
     "peak_device_bytes": ("device memory", 2.0**30, "GiB"),
     "times_copy": ("times reading and writing", 1.0, ""),
     "times_default": ("times the run without low memory", 1.0, ""),

@@ -123,6 +123,11 @@ def default_gptq(setting: Setting) -> GPTQ:
     return GPTQ(setting.bits, setting.group, not setting.asymmetric, tf32=setting.tf32)
 
 
+def best_gptq(setting: Setting) -> GPTQ:
+    """GPTQ, and blocks refined."""
+    return GPTQ(setting.bits, setting.group, not setting.asymmetric, tf32=setting.tf32, quality="best")
+
+
 def gptq_stages(method: GPTQ, layer: Layer, dtype: torch.dtype) -> Iterator[Stage]:
     """Of act order "static"."""
     target, size = layer.weight.float(), -1 if method.group_size is None else method.group_size

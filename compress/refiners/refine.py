@@ -2,28 +2,31 @@
 
 A solver minimises each layer's own error. What counts is what the block makes of the inputs that it really gets, which
 earlier blocks changed: layers can make up for each other, for nonlinearities between them and for those blocks. So,
-from the solved codes on, a few dozen steps of signed gradient descent (tuned.py) on the mean squared error of the
-block's output against the original's, on pieces of the calibration rows in random order, the size of the moves falling
-to 0. Some pieces are held out: what is kept is the state with the least error on those, the solver's among them, so
-refining never makes it worse there.
+from the solved codes on, some dozens of steps of gradient descent (tuned.py) on the mean squared error of the block's
+output against the original's, on pieces of the calibration rows in random order, the size of the moves falling to 0.
+Each token counts by its error's share of its output, since the next block's norm sees no more than that: the few tokens
+whose states are thousands of times as long as others' would else be all that counts. Some pieces are held out: what is
+kept is the state with the least error on those, the solver's among them, so refining never makes it worse there.
 
 Block-wise reconstruction: Li et al., "BRECQ", ICLR 2021; signed descent on rounding and ranges from round-to-nearest:
-Cheng et al., SignRound (AutoRound), 2023. Differences: it starts from a solver's codes, scales keep the solver's sign
-and are tuned themselves rather than through clipping ranges, and the target is the original model's own stream rather
-than the dense block's output on the compressed stream, so that what earlier blocks lost is won back where it can be.
+Cheng et al., SignRound (AutoRound), 2023. Differences: it starts from a solver's codes, gradients count by their size,
+scales keep the solver's sign and are tuned themselves rather than through clipping ranges, and the target is the
+original model's own stream rather than the dense block's output on the compressed stream, so that what earlier blocks
+lost is won back where it can be.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from compress.errors import CompressError
-from compress.refiners.tuned import Tuned, tunable, tuned, tuned_vector
+from compress.refiners.tuned import Tuned, paces, tunable, tuned, tuned_vector
 from compress.types import Packed, Refined, Task
 
 
@@ -35,7 +38,9 @@ class Refine:
     paper: ClassVar[str] = "Li et al.: BRECQ, ICLR 2021; Cheng et al.: SignRound (AutoRound), 2023"
 
     steps: int = field(default=100, metadata={"help": "steps of a block, a piece of the calibration rows each"})
-    rate: float = field(default=0.005, metadata={"help": "levels that a rounding moves in the first step; falls to 0"})
+    rate: float = field(
+        default=0.01, metadata={"help": "levels that a usual gradient moves a rounding in the first step; falls to 0"}
+    )
     scale_rate: float = field(
         default=0.0025, metadata={"help": "share of itself that a scale moves in the first step; falls to 0"}
     )
@@ -97,17 +102,16 @@ class Refine:
             leaves: memory for the weights of each, of which gradients are taken.
         """
         last = range(len(task) - held, len(task))
-        first = best = _error(moving, leaves, task, last)
-        order = _order(len(task) - held, self.steps, seed)
+        _write(moving, leaves)
+        first = best = _error(leaves, task, last)
+        pace = paces(self.steps, self.rate, self.scale_rate, task.device)
+        step = task.repeated(partial(_step, moving, leaves, task))
         every = max(1, self.steps // self.looks)
-        for i, piece in enumerate(order):
-            fall = 1 - i / self.steps
-            slopes = _slopes(moving, leaves, task, piece)
-            for layer, slope in zip(moving.values(), slopes, strict=True):
-                layer.step(slope, self.rate * fall, self.scale_rate * fall)
+        for i, piece in enumerate(_order(len(task) - held, self.steps, seed)):
+            step(*task.piece(piece), pace[i])
             if (i + 1) % every and i + 1 < self.steps:
                 continue
-            found = _error(moving, leaves, task, last)
+            found = _error(leaves, task, last)
             if found < best:  # while moves are large the error may rise first: it is never given up on
                 best = found
                 for layer in moving.values():
@@ -125,27 +129,38 @@ def _order(pieces: int, steps: int, seed: int) -> list[int]:
 
 
 @torch.no_grad()
-def _error(moving: Mapping[str, Tuned], leaves: Mapping[str, Tensor], task: Task, pieces: Sequence[int]) -> float:
-    """Mean squared error of the block's output on some pieces."""
+def _write(moving: Mapping[str, Tuned], leaves: Mapping[str, Tensor]) -> None:
+    """Weights as they are now."""
     for name, layer in moving.items():
         layer.write(leaves[name])
+
+
+@torch.no_grad()
+def _error(leaves: Mapping[str, Tensor], task: Task, pieces: Sequence[int]) -> float:
+    """Mean of the errors on some pieces."""
     sums, count = [], 0
     for i in pieces:
         inputs, target = task.piece(i)
-        off = task.output(leaves, inputs).float() - target.float()
+        off = _off(task.output(leaves, inputs), target)
         sums.append(off.square().sum(dtype=torch.float64))
         count += off.numel()
     return float(torch.stack(sums).sum()) / count
 
 
-def _slopes(moving: Mapping[str, Tuned], leaves: Mapping[str, Tensor], task: Task, piece: int) -> tuple[Tensor, ...]:
-    """The gradient of the error on a piece, of each layer's weights. Its signs alone count: it is scaled so that 16-bit
-    floats neither overflow nor lose it."""
-    with torch.no_grad():
-        for name, layer in moving.items():
-            layer.write(leaves[name])
-    inputs, target = task.piece(piece)
+def _off(output: Tensor, target: Tensor) -> Tensor:
+    """float32 [rows, seq, hidden]: how far an output is off, in units of the token's root mean square."""
+    target = target.float()
+    return (output.float() - target) * target.square().mean(-1, keepdim=True).clamp_(min=1e-12).rsqrt_()
+
+
+def _step(
+    moving: Mapping[str, Tuned], leaves: Mapping[str, Tensor], task: Task, inputs: Tensor, target: Tensor, pace: Tensor
+) -> None:
+    """Move everything against its gradient on a piece, which is scaled so that 16-bit floats neither overflow nor lose
+    it."""
     with torch.enable_grad():
-        off = task.output(leaves, inputs).float() - target.float()
-        square = off.square().sum()
-        return torch.autograd.grad(square / square.detach().sqrt().clamp(min=1e-20), list(leaves.values()))
+        square = _off(task.output(leaves, inputs), target).square().sum()
+        slopes = torch.autograd.grad(square / square.detach().sqrt().clamp(min=1e-20), list(leaves.values()))
+    with torch.no_grad():
+        for (name, layer), slope in zip(moving.items(), slopes, strict=True):
+            layer.step(slope, pace, leaves[name])

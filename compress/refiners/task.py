@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -41,6 +41,10 @@ class BlockTask:
         return self._model.dtype
 
     @property
+    def device(self) -> torch.device:
+        return self._model.device
+
+    @property
     def vectors(self) -> Mapping[str, Tensor]:
         stored = {name: self._model.weights.dtype(name) for name in self._params}
         return {n: self._model.model.get_parameter(p).data.to(stored[n]) for n, p in self._params.items()}
@@ -57,3 +61,6 @@ class BlockTask:
         mine = [(self._linears[n], w) for n, w in weights.items() if n in self._linears]
         others = {self._params[n]: w for n, w in weights.items() if n not in self._linears}
         return self._model.output(self._block, inputs, shape, mine, others)
+
+    def repeated(self, work: Callable[..., None]) -> Callable[..., None]:
+        return self._inputs.replays.of(work)

@@ -1,9 +1,11 @@
 """Packed layers whose codes, scales and zeros can be moved a little at a time, by the gradient of their weights.
 
 A weight is where it stands between two levels of its grid, its place; its code is the nearest level. A step moves
-every place against the sign of its gradient, as if rounding had slope 1, and scales and zeros likewise. Moves have one
-size for all weights, so a place that is pushed one way in most steps crosses to the next level and others stay:
-SignRound (Cheng et al.: "Optimize Weight Rounding via Signed Gradient Descent", 2023), started from solved codes.
+every place against its gradient, as if rounding had slope 1, by the share that this gradient is of the place's usual
+one: of the root of the mean square so far (as in Adagrad and RMSProp). So a place that is pushed one way in most steps
+crosses to the next level and others stay, as with signs alone (SignRound, Cheng et al.: "Optimize Weight Rounding via
+Signed Gradient Descent", 2023), but a piece of the rows that hardly depends on a weight hardly moves it. Scales and
+zeros, which are sums over many weights, move by signs.
 """
 
 from __future__ import annotations
@@ -30,7 +32,8 @@ from compress.types import Packed
 _CELL = 0.49
 #: a scale stays within these shares of the one that it started from
 _LEAST, _MOST = 0.6, 1.4
-_BETAS = 0.9, 0.99
+#: moves are no longer than so many usual ones
+_FAR = 10.0
 
 
 class Tuned(Protocol):
@@ -40,12 +43,13 @@ class Tuned(Protocol):
         """Fill `into` [out, in] with the weights as they are now, to the last bit what the packed layer has."""
         ...
 
-    def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
-        """Move against the sign of a gradient [out, in].
+    def step(self, gradient: Tensor, pace: Tensor, into: Tensor) -> None:
+        """Move against a gradient [out, in], which may be changed, and fill `into` as `write` does.
+
+        Nothing waits for the device, and each call does the same launches: it can be captured in a CUDA graph.
 
         Args:
-            rate: by how many levels.
-            scale_rate: by what share of itself a scale moves.
+            pace: a row of `paces`.
         """
         ...
 
@@ -56,6 +60,18 @@ class Tuned(Protocol):
     def packed(self) -> Packed:
         """The layer in the state that was remembered last."""
         ...
+
+
+def paces(steps: int, rate: float, scale_rate: float, device: torch.device) -> Tensor:
+    """float32 [steps, 3]: by how many levels a usual gradient moves a place; by what share of itself a scale moves; one
+    over the number of steps so far. The first two fall to 0.
+
+    Args:
+        rate, scale_rate: those of the first step.
+    """
+    step = torch.arange(steps, dtype=torch.float64)
+    fall = 1 - step / steps
+    return torch.stack([rate * fall, scale_rate * fall, 1 / (step + 1)], 1).float().to(device)
 
 
 def tunable(packed: Packed) -> bool:
@@ -89,6 +105,18 @@ def tuned(packed: Packed, weight: Tensor) -> Tuned:
     raise TypeError(f"a {type(packed).__name__} cannot be tuned")
 
 
+class _Usual:
+    """What a gradient usually is, number for number."""
+
+    def __init__(self, like: Tensor) -> None:
+        self.squares = torch.zeros_like(like, dtype=torch.float32)  # their sum
+
+    def share(self, slope: Tensor, pace: Tensor) -> Tensor:
+        """Gradients as shares of their usual size, themselves among those."""
+        self.squares.addcmul_(slope, slope)
+        return (slope / (self.squares * pace[2]).sqrt_().clamp_(min=1e-30)).clamp_(-_FAR, _FAR)
+
+
 class _Grid:
     """A uniform grid.
 
@@ -105,14 +133,15 @@ class _Grid:
         self._view = (rows, count, size) if self._whole else (rows, columns)
         self._groups = layer.column_groups()
         self._top = float(2**layer.bits - 1)
-        self._first = layer.scales.float()
+        self._first = layer.scales.float().contiguous()
         self._factor = torch.ones_like(self._first)
         middle = torch.full_like(self._first, float(2 ** (layer.bits - 1)))
-        self._zero = middle if layer.zeros is None else layer.zeros.float()
+        self._zero = middle if layer.zeros is None else layer.zeros.float().contiguous()
         level = layer.codes.float().view(self._view) - self._columns(self._zero)
         place = weight.view(self._view) / self._columns(self._first)
         place = torch.where(torch.isfinite(place), place, level)  # a scale of 0
         self._place = place.sub_(level).clamp_(-_CELL, _CELL).add_(level)
+        self._usual = _Usual(self._place)
         self.keep()
 
     def _columns(self, statistic: Tensor) -> Tensor:
@@ -136,21 +165,39 @@ class _Grid:
         scales = self._scales()
         into.view(self._view).copy_(self._levels().to(scales.dtype).mul_(self._columns(scales)))
 
-    def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
+    def step(self, gradient: Tensor, pace: Tensor, into: Tensor) -> None:
+        if self._fused(gradient, into):
+            return self._step_by_kernel(gradient, pace, into)
         slope = gradient.view(self._view).float()
         levels, zero = self._levels(), self._columns(self._zero)
-        self._factor.sub_(torch.sign(self._summed(slope * levels) * self._first), alpha=scale_rate)
-        self._factor.clamp_(_LEAST, _MOST)
-        slope.mul_(torch.sign(self._columns(self._first)))
+        side = torch.sign(self._first)
+        self._factor.sub_(pace[1] * torch.sign(self._summed(slope * levels) * self._first)).clamp_(_LEAST, _MOST)
         if self._layer.zeros is not None:  # what is at an end of its grid moves with the grid's zero
             ends = (levels <= -zero.round()) | (levels >= self._top - zero.round())
-            self._zero.add_(torch.sign(self._summed(slope * ends)), alpha=rate).clamp_(LOWEST_ZERO, self._top)
-        self._place.sub_(torch.sign(slope), alpha=rate)
+            up = torch.sign(self._summed(slope * ends) * side)
+            self._zero.add_(pace[0] * up).clamp_(LOWEST_ZERO, self._top)
+        self._place.sub_(pace[0] * (self._usual.share(slope, pace) * self._columns(side)))
         zero = self._columns(self._zero)
         low, high = -zero - _CELL, self._top - zero + _CELL
-        self._place = torch.maximum(torch.minimum(self._place, high), low)
+        torch.maximum(torch.minimum(self._place, high), low, out=self._place)
         if self._alive is not None:
             self._place.mul_(self._alive.view(self._view))
+        self.write(into)
+
+    def _fused(self, gradient: Tensor, into: Tensor) -> bool:
+        """Whether one kernel does a step."""
+        if not self._whole or not self._place.is_cuda:
+            return False
+        from compress.cuda import refine
+
+        return refine.takes(gradient, into, self._view[-1], self._layer.scales.dtype)
+
+    def _step_by_kernel(self, gradient: Tensor, pace: Tensor, into: Tensor) -> None:
+        from compress.cuda import refine
+
+        state = refine.State(self._place, self._usual.squares, self._first, self._factor, self._zero)
+        rules = refine.Rules(self._layer.bits, self._layer.zeros is not None, _CELL, _LEAST, _MOST, _FAR)
+        refine.step(gradient, pace, into, state, self._alive, rules, self._layer.scales.dtype)
 
     def keep(self) -> None:
         codes = (self._levels() + self._columns(self._zero.round())).to(torch.uint8).view(self._layer.shape)
@@ -171,6 +218,7 @@ class _Codes:
 
     def __init__(self, place: Tensor, top: int, made: Callable[[Tensor], Packed]) -> None:
         self._place, self._top, self._made = place, top, made
+        self._usual = _Usual(place)
         self.keep()
 
     def _now(self) -> Packed:
@@ -179,8 +227,9 @@ class _Codes:
     def write(self, into: Tensor) -> None:
         into.copy_(self._now().dequantize())
 
-    def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
-        self._place.sub_(torch.sign(gradient.float()), alpha=rate).clamp_(-_CELL, self._top + _CELL)
+    def step(self, gradient: Tensor, pace: Tensor, into: Tensor) -> None:
+        self._place.sub_(pace[0] * self._usual.share(gradient.float(), pace)).clamp_(-_CELL, self._top + _CELL)
+        self.write(into)
 
     def keep(self) -> None:
         self._kept = self._now()
@@ -227,11 +276,11 @@ class _Table(_Codes):
         flat = flat.flatten()
         return F.pad(flat, (0, -len(flat) % self._layer.block_size)).view(-1, self._layer.block_size)
 
-    def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
+    def step(self, gradient: Tensor, pace: Tensor, into: Tensor) -> None:
         now = self._values[self._place.round().clamp(0, self._top).long()]
-        super().step(gradient, rate, scale_rate)
         slope = (self._blocks(gradient.float()) * self._blocks(now)).sum(1)
-        self._factor.sub_(torch.sign(slope), alpha=scale_rate).clamp_(_LEAST, _MOST)
+        self._factor.sub_(pace[1] * torch.sign(slope)).clamp_(_LEAST, _MOST)
+        super().step(gradient, pace, into)
 
 
 class _Apart:
@@ -246,10 +295,10 @@ class _Apart:
         self._inner.write(into)
         into[self._places] = self._layer.values.to(into.dtype)
 
-    def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
-        gradient = gradient.clone()
-        gradient[self._places] = 0
-        self._inner.step(gradient, rate, scale_rate)
+    def step(self, gradient: Tensor, pace: Tensor, into: Tensor) -> None:
+        gradient.index_put_(self._places, gradient.new_zeros(()))
+        self._inner.step(gradient, pace, into)
+        into[self._places] = self._layer.values.to(into.dtype)
 
     def packed(self) -> Outliers:
         return replace(self._layer, inner=self._inner.packed())
@@ -261,27 +310,21 @@ def tuned_vector(value: Tensor) -> Tuned:
 
 
 class _Values:
-    """Weights that are stored as they are. Their moves have the size of their usual gradient (Adam's), not one."""
+    """Weights that are stored as they are; a usual gradient moves one by a share of what they usually are."""
 
     def __init__(self, layer: Dense, alive: Tensor) -> None:
         self._layer, self._alive = layer, alive
         self._value = layer.values.float().clone()
         self._unit = (self._value.square().sum() / alive.sum().clamp(min=1)).sqrt()
-        self._mean, self._square = torch.zeros_like(self._value), torch.zeros_like(self._value)
-        self._steps = 0
+        self._usual = _Usual(self._value)
         self.keep()
 
     def write(self, into: Tensor) -> None:
         into.copy_(self._value.to(self._layer.values.dtype))
 
-    def step(self, gradient: Tensor, rate: float, scale_rate: float) -> None:
-        slope = gradient.float() * self._alive
-        self._steps += 1
-        self._mean.lerp_(slope, 1 - _BETAS[0])
-        self._square.lerp_(slope.square(), 1 - _BETAS[1])
-        size = (self._square / (1 - _BETAS[1] ** self._steps)).sqrt_().clamp_(min=1e-30)
-        move = self._mean / (1 - _BETAS[0] ** self._steps) / size
-        self._value.sub_(move * self._unit, alpha=scale_rate)
+    def step(self, gradient: Tensor, pace: Tensor, into: Tensor) -> None:
+        self._value.sub_(pace[1] * self._unit * self._usual.share(gradient.float() * self._alive, pace))
+        self.write(into)
 
     def keep(self) -> None:
         self._kept = self._value.to(self._layer.values.dtype)

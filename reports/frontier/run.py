@@ -26,7 +26,7 @@ GROUP = 64
 def gptq(bits: int, quality: str = "balanced", refine: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     """A recipe of one step, and of the refiner's settings."""
     steps: list[Any] = [] if refine is None else [{"refine": refine}]
-    return {"steps": [*steps, {"gptq": {"bits": bits, "group_size": GROUP, "quality": quality, **more}}]}
+    return {"steps": [*steps, {"gptq": {"bits": bits, "group_size": GROUP, "quality": quality} | more}]}
 
 
 def settings() -> dict[str, dict[str, Any]]:

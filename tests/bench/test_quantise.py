@@ -111,14 +111,15 @@ def test_every_method(monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Pa
     assert report == json.loads((tmp_path / "runs.json").read_text())
     rows = {(r["method"], r["low_memory"]): r for r in report["rows"]}
     assert list(rows) == [
-        ("gptq-fast", False), ("gptq-fast", True), ("gptq", False), ("gptq", True), ("rtn", False), ("nf4", False),
-        ("absmax", False),
+        ("gptq-fast", False), ("gptq-fast", True), ("gptq", False), ("gptq", True), ("gptq-best", False),
+        ("gptq-best", True), ("rtn", False), ("nf4", False), ("absmax", False),
     ]  # fmt: skip
     assert [(r.method, r.low_memory) for r in here] == list(rows)
     for (method, _), row in rows.items():
         assert (row["blocks"], row["layers"], row["verified"], row["failed"]) == (2, 14, 14, "")
         assert {"load", "solve", "write", "verify"} <= set(row["phases"])
         assert ("hessian" in row["phases"]) == method.startswith("gptq")
+        assert ("refine_block_seconds" in row) == (method == "gptq-best")
         assert row["bytes_in"] > TINY.nbytes
         assert row["seconds"] > 0
         assert row["peak_host_bytes"] > 10**8

@@ -133,3 +133,11 @@ VARIANTS["search.cu"] = [
     of("search.cu", T="Single", SYMMETRIC=0, WEIGHTED=0, TEAM=4, HELD=4),
     of("search.cu", TEAM=32, LONG=1),
 ]
+
+BASE["refine.cu"] = {"T": "BFloat", "S": "BFloat", "BITS": 4, "ZERO": 0, "ALIVE": 0, "TEAM": 8, "LONG": 0,
+                     "LOWEST_ZERO": 1, "CELL": "0.49f", "LEAST": "0.6f", "MOST": "1.4f", "FAR": "10.0f"}  # fmt: skip
+VARIANTS["refine.cu"] = [
+    of("refine.cu", ALL),
+    of("refine.cu", S="Half", ZERO=1, ALIVE=1),
+    of("refine.cu", T="Single", S="Single", ZERO=1, ALIVE=1, TEAM=32, LONG=1),
+]

@@ -225,6 +225,7 @@ extern "C" {
 float fmaf(float, float, float) noexcept;
 float roundf(float) noexcept;
 float rintf(float) noexcept;
+float sqrtf(float) noexcept;
 float fabsf(float) noexcept;
 float fminf(float, float) noexcept;
 float fmaxf(float, float) noexcept;
