@@ -11,6 +11,7 @@
 // or 256; STAGES: 2 or more; SPLIT: 1, 2, 4 or 8; PHASES: 2 or 1; BLOCKS: that share a multiprocessor, 2 or 3 only
 // with one phase and up to 64 and 16 tokens.
 #include "hopper.cuh"
+#include "ring.cuh"
 #include "weights.cuh"
 
 constexpr int ROWS = 128, TILES = ROWS / TILE, PRODUCERS = 128, PAIR = 256, CONSUMERS = PAIR * PHASES;
@@ -50,7 +51,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODU
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + i, 1);
-            barrier_init(empty + i, PAIR / 32);
+            barrier_init(empty + i, PAIR / 32 * ARRIVALS);
         }
         barrier_init_done();
     }
@@ -65,7 +66,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODU
     __syncthreads();
 
     if (warp < PRODUCERS / 32) {
-        registers_less<FEW_REGISTERS>();
+        if (ARRIVALS == 1) registers_less<FEW_REGISTERS>();
         if (threadIdx.x == 0) {
             for (int i = 0; i < count; i++) {
                 const int stage = i % STAGES, chunk = begin + i;
@@ -86,7 +87,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODU
             cluster_sync();
         }
     } else {
-        registers_more<MANY_REGISTERS>();
+        if (ARRIVALS == 1) registers_more<MANY_REGISTERS>();
         const int phase = (warp - PRODUCERS / 32) / TILES, mine = (warp - PRODUCERS / 32) % TILES;  // its tile of the block
         const int tile = min(first_tile + mine, tiles - 1);
         const u8* own_table = KIND == BOOK ? tables + mine * Weights<T>::SHARED_WEIGHTS : tables;
@@ -118,7 +119,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODU
             }
             products_wait<0>();  // across chunks ptxas would not keep them apart; the other warpgroup fills the gap
             __syncwarp();  // the other lanes have read, too
-            if (lane == 0) barrier_arrive(empty + stage);
+            if (lane < ARRIVALS) barrier_arrive(empty + stage);
         }
         barrier_some(1, CONSUMERS);  // nobody reads the ring any more
 

@@ -12,6 +12,7 @@
 // 1, 2, 4 or 8; BLOCKS: that share a multiprocessor, 1, or 2 for up to 64 tokens; OUTLIERS: 1 if there are any.
 #include "codes8.cuh"
 #include "hopper8.cuh"
+#include "ring.cuh"
 
 constexpr int ROWS = 128, TILES = ROWS / TILE, CONSUMERS = 256, THREADS = CONSUMERS + 128;
 constexpr int X_BYTES = TOKENS * INPUT_BYTES, STAGE_BYTES = X_BYTES + TILES * WEIGHT_BYTES;
@@ -47,14 +48,14 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(THREA
     if (threadIdx.x == 0) {
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + i, 1);
-            barrier_init(empty + i, CONSUMERS / 32);
+            barrier_init(empty + i, CONSUMERS / 32 * ARRIVALS);
         }
         barrier_init_done();
     }
     __syncthreads();
 
     if (warp >= CONSUMERS / 32) {
-        registers_less<FEW_REGISTERS>();
+        if (ARRIVALS == 1) registers_less<FEW_REGISTERS>();
         if (threadIdx.x == CONSUMERS) {
             for (int i = 0; i < end - begin; i++) {
                 const int stage = i % STAGES, chunk = begin + i;
@@ -76,7 +77,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(THREA
             cluster_sync();
         }
     } else {
-        registers_more<MANY_REGISTERS>();
+        if (ARRIVALS == 1) registers_more<MANY_REGISTERS>();
         if (threadIdx.x < TOKENS) token_scale[threadIdx.x] = x_scales[min(first_token + (int)threadIdx.x, tokens - 1)];
         barrier_some(1, CONSUMERS);
         // What a thread gets: of every 8 tokens two, of rows `row` and row + 8.
@@ -91,7 +92,7 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(THREA
         auto wait_full = [&](int i) { barrier_wait(full + i % STAGES, i / STAGES & 1); };
         auto release = [&](int i) {
             __syncwarp();  // the other lanes have read, too
-            if (lane == 0) barrier_arrive(empty + i % STAGES);
+            if (lane < ARRIVALS) barrier_arrive(empty + i % STAGES);
         };
         const int count = turn - begin;
         int sums[TOKENS / 2] = {};

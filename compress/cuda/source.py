@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,11 +86,13 @@ def options(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, ...]:
     """What the compiler is told.
 
     Denormal float32 numbers count as zero: CuPy asks for that whether we do or not, and what CI compiles must be the
-    same code. No --use_fast_math: division and square roots stay exact.
+    same code. No --use_fast_math: division and square roots stay exact. COMPRESS_RACECHECK=1 in the environment makes
+    kernels that compute-sanitizer's racecheck can follow (kernels/ring.cuh), a little slower.
 
     Args:
         capability: of the device, (8, 6).
     """
     assert capability == (9, 0) or not kernel.hopper, f"{kernel.title} is for sm_90a"
     macros = (f"-D{macro}={value}" for macro, value in kernel.defines)
-    return ("--std=c++17", "-ftz=true", f"-arch={target(capability)}", *macros)
+    followed = ("-DARRIVALS=32",) if os.environ.get("COMPRESS_RACECHECK") == "1" else ()
+    return ("--std=c++17", "-ftz=true", f"-arch={target(capability)}", *macros, *followed)

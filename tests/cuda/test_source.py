@@ -53,7 +53,8 @@ def test_our_own_need_no_include_path() -> None:
         assert '#include "' not in text(path.name)
 
 
-def test_options() -> None:
+def test_options(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMPRESS_RACECHECK", raising=False)
     kernel = Kernel("narrow", "narrow.cu", (("BITS", 4), ("T", "Half")))
     assert options(kernel, (8, 6)) == ("--std=c++17", "-ftz=true", "-arch=sm_86", "-DBITS=4", "-DT=Half")
     assert "-arch=sm_90a" in options(kernel, (9, 0))
@@ -62,3 +63,5 @@ def test_options() -> None:
     assert Kernel("narrow", "narrow.cu").title == "narrow (narrow.cu)"
     with pytest.raises(AssertionError):
         options(Kernel("wide", "wide.cu", hopper=True), (8, 0))
+    monkeypatch.setenv("COMPRESS_RACECHECK", "1")
+    assert options(kernel, (8, 6))[-1] == "-DARRIVALS=32"
