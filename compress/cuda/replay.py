@@ -25,8 +25,7 @@ class Replays:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._pool: torch.cuda.MemPool | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._room: _Room | None = None
         self._made: list[Replayed] = []
         self._why = ""  # graphs cannot be had
 
@@ -35,40 +34,69 @@ class Replays:
         `compress.types.Task.repeated`."""
         if self._device.type != "cuda" or self._why:
             return work
-        if self._pool is None:
-            self._pool, self._stream = torch.cuda.MemPool(), torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
-        assert self._stream is not None
-        self._made.append(Replayed(work, self._pool, self._stream))
+        if self._room is None:
+            self._room = _Room(self._device)
+        self._made.append(Replayed(work, self._room))
         return self._made[-1]
 
     def rest(self) -> list[str]:
         """Forget the graphs that were made; their memory, too, unless it is little. Returns what must be said."""
         notes = list(dict.fromkeys(made.why for made in self._made if made.why))
         self._why = self._why or "".join(notes[:1])
-        for made in self._made:
-            made.forget()
-        self._made.clear()
-        if (
-            self._pool is not None
-            and _held(self._pool) > _KEPT * torch.cuda.get_device_properties(self._device).total_memory
-        ):
+        self._forget()
+        if self._room is not None and self._room.share() > _KEPT:
             self.close()
         return [f"a step of this block {_CANNOT}, so each of its launches is made anew ({why})" for why in notes]
 
     def close(self) -> None:
         """Give the memory back."""
+        self._forget()
+        if self._room is not None:
+            self._room.leave()
+            self._room = None
+            torch.cuda.empty_cache()
+
+    def _forget(self) -> None:
         for made in self._made:
             made.forget()
         self._made.clear()
-        if self._pool is not None:
-            self._pool = self._stream = None
-            torch.cuda.empty_cache()
 
 
-def _held(pool: torch.cuda.MemPool) -> int:
-    """Bytes that a pool has from the device."""
-    segments: Any = pool.snapshot()  # type: ignore[no-untyped-call]
-    return sum(int(segment["total_size"]) for segment in segments)
+class _Room:
+    """Memory and a stream for graphs. Torch's allocators let go of a pool whose last graph is gone, and take it for an
+    error when another is captured in it: so a graph stays that does next to nothing."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.pool = torch.cuda.MemPool()
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._keeper, _ = self.capture(lambda: torch.zeros(1, device=device))
+
+    def capture(self, work: Callable[[], object]) -> tuple[torch.cuda.CUDAGraph, Exception | None]:
+        """A graph of what `work` launches; or why there can be none."""
+        graph = torch.cuda.CUDAGraph()
+        error: Exception | None = None
+        torch.cuda.synchronize(self.device)
+        with torch.cuda.stream(self.stream):
+            graph.capture_begin(pool=cast(Any, self.pool.id), capture_error_mode="thread_local")  # others may copy
+            try:
+                work()
+            except (RuntimeError, CompressError) as found:
+                error = found
+            try:
+                graph.capture_end()
+            except RuntimeError as found:
+                error = error or found
+        return graph, error
+
+    def share(self) -> float:
+        """What the pool has of the device's memory."""
+        segments: Any = self.pool.snapshot()  # type: ignore[no-untyped-call]
+        held = sum(int(segment["total_size"]) for segment in segments)
+        return held / int(torch.cuda.get_device_properties(self.device).total_memory)
+
+    def leave(self) -> None:
+        self._keeper.reset()
 
 
 class Replayed:
@@ -80,16 +108,16 @@ class Replayed:
         why: what CUDA said where it would not capture the function, which runs as it is from there on.
     """
 
-    def __init__(self, work: Work, pool: torch.cuda.MemPool, stream: torch.cuda.Stream) -> None:
+    def __init__(self, work: Work, room: _Room) -> None:
         self.why = ""
-        self._work, self._pool, self._stream = work, pool, stream
+        self._work, self._room = work, room
         self._graphs: dict[_Shapes, tuple[torch.cuda.CUDAGraph, list[Tensor]] | None] = {}
 
     def __call__(self, *given: Tensor) -> None:
         shapes = tuple((x.shape, x.dtype) for x in given)
         if shapes not in self._graphs:
             self._graphs[shapes] = None
-            self._aside(self._work, *given)
+            self._aside(*given)
             return
         if self._graphs[shapes] is None and not self.why:
             self._graphs[shapes] = self._captured(given)
@@ -102,32 +130,18 @@ class Replayed:
             place.copy_(value)
         graph.replay()
 
-    def _aside(self, work: Work, *given: Tensor) -> None:
+    def _aside(self, *given: Tensor) -> None:
         """Run it where it will be captured, with the memory that the graph will have."""
-        now = torch.cuda.current_stream(self._stream.device)
-        self._stream.wait_stream(now)
-        with torch.cuda.stream(self._stream), torch.cuda.use_mem_pool(self._pool):
-            work(*given)
-        now.wait_stream(self._stream)
+        now, aside = torch.cuda.current_stream(self._room.device), self._room.stream
+        aside.wait_stream(now)
+        with torch.cuda.stream(aside), torch.cuda.use_mem_pool(self._room.pool):
+            self._work(*given)
+        now.wait_stream(aside)
 
     def _captured(self, given: tuple[Tensor, ...]) -> tuple[torch.cuda.CUDAGraph, list[Tensor]] | None:
         """A graph, and where it reads what it is given; None where the function cannot be captured."""
         places = [torch.empty_like(x) for x in given]
-        graph = torch.cuda.CUDAGraph()
-        error: Exception | None = None
-        torch.cuda.synchronize(self._stream.device)
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(
-                pool=cast(Any, self._pool.id), capture_error_mode="thread_local"
-            )  # other threads may copy
-            try:
-                self._work(*places)
-            except (RuntimeError, CompressError) as found:
-                error = found
-            try:
-                graph.capture_end()
-            except RuntimeError as found:
-                error = error or found
+        graph, error = self._room.capture(lambda: self._work(*places))
         if isinstance(error, torch.OutOfMemoryError):
             raise error
         if error is not None:
