@@ -241,6 +241,15 @@ class Activations:
             for states in self._pieces(self.states(i)):
                 yield i, self.run(block, states)
 
+    def follow(self, other: Activations, block: int) -> None:
+        """Take what a loaded block makes of another's hidden states, which stay."""
+        for i in range(len(self)):
+            states = other.states(i)
+            self._states.put(i, self.within(partial(self._made, block, states)))
+
+    def _made(self, block: int, batch: Tensor) -> Tensor:
+        return _joined([self.run(block, states) for states in self._pieces(batch)])
+
     def advance(self, block: int) -> None:
         """Replace the hidden states by what a loaded block makes of them.
 
@@ -257,7 +266,7 @@ class Activations:
             raise CompressError("its output holds NaN or infinity", name, "try --dtype float32")
 
     def _advanced(self, block: int, i: int) -> Tensor:
-        return _joined([self.run(block, states) for states in self._pieces(self.states(i))])
+        return self._made(block, self.states(i))
 
     def _pieces(self, batch: Tensor) -> Sequence[Tensor]:
         return torch.split(batch, self.rows)

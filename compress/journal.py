@@ -27,7 +27,7 @@ from compress.writer import save_tensors, write_json
 _FRESH = "pass --fresh to start over"
 #: what a run leaves in its work folder; a folder that holds anything else is not deleted
 _OURS = re.compile(
-    r"(fingerprint\.json|block-\d+\.(safetensors|json)|hidden\.bin|original\.bin)(\.tmp)?|final|replaced"
+    r"(fingerprint\.json|block-\d+\.(safetensors|json)|(hidden|original|inside)\.bin)(\.tmp)?|final|replaced"
 )
 
 

@@ -5,7 +5,6 @@ compress_checkpoint() is the whole system in one function; what it calls are the
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -22,22 +21,20 @@ from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.evaluate.perplexity import evaluate
 from compress.evaluate.texts import sizes_of
+from compress.flows import SLACK, Flows, start_flows
 from compress.formats import FORMATS
-from compress.hidden import Activations, batch_rows, row_bytes
+from compress.hidden import Activations
 from compress.hub import push
 from compress.job import Clock, Job, Progress, Result, Status
 from compress.journal import Journal, check_output
 from compress.output import assemble, room_needed
 from compress.plan import Plan
 from compress.report import finish
-from compress.solve import Block, compress_block, survey_model
+from compress.solve import Block, close_blocks, compress_block, survey_model, window
 from compress.types import moved
 from compress.verify import Proof, verify
 from compress.weights import Weights
 from compress.writer import write_text
-
-#: how much more than `Plan.device_bytes` a block is taken to need, the next one's tensors among it
-_SLACK = 2
 
 
 def open_model(job: Job, pickle_cache: Path | None = None) -> tuple[Weights, BlockModel]:
@@ -111,15 +108,16 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
         Begun(weights.checkpoint.fingerprint, clock.beside, "hash") as sources,
     ):
         earlier = {} if job.fresh else journal.earlier()
-        flow = start_flow(model, plan, job, journal.folder / "hidden.bin", earlier.get("batch_rows"))
-        dense = flow.beside(journal.folder / "original.bin") if flow is not None and plan.needs.original else None
+        flows = start_flows(model, plan, job, journal.folder, earlier.get("batch_rows"))
         with clock("hash"):
             done = journal.start(
-                lambda: fingerprint(job, plan, sources.result(), model.dtype, flow), job.fresh, sources.done
+                lambda: fingerprint(job, plan, sources.result(), model.dtype, flows.compressed), job.fresh, sources.done
             )
-        with nullcontext() if flow is None else flow, nullcontext() if dense is None else dense:
+            if done < len(plan.blocks):  # blocks that are refined together are finished together
+                done = window(model, plan, done).start
+        with flows:
             try:
-                room = compress_blocks(job, model, plan, flow, dense, journal, done, clock, progress)
+                room = compress_blocks(job, model, plan, flows, journal, done, clock, progress)
             finally:  # whatever stops the run
                 with clock("hash"):
                     journal.settle()
@@ -166,8 +164,7 @@ def compress_blocks(
     job: Job,
     model: BlockModel,
     plan: Plan,
-    flow: Activations | None,
-    dense: Activations | None,
+    flows: Flows,
     journal: Journal,
     done: int,
     clock: Clock,
@@ -176,45 +173,49 @@ def compress_blocks(
     """Compress every block that is not among the first `done`, one at a time, into the journal.
 
     While a block is worked on, the tensors of the next one are read, and what is finished of the one before is written.
-
-    Args:
-        dense: the calibration rows on their way through the original model, where a refiner asks for them.
+    Blocks that are refined together stay loaded until the last of them is solved.
 
     Returns:
         where what was kept, for the report.
     """
-    total, layers = len(plan.blocks), 0
+    total, layers, flow = len(plan.blocks), 0, flows.compressed
     waiting = place_ahead(job, plan)
-    for rows in filter(None, (flow, dense)):
+    for rows in filter(None, (flow, flows.original)):
         with clock("forward"):
             rows.enter()
     survey = survey_model(model, plan, flow, clock, waiting) if flow is not None and plan.needs.survey else {}
     needed = [block for block in range(total) if block >= done or (flow is not None and block + 1 < total)]
+    opened: list[Block] = []  # solved, and not yet written
     with model.ahead(needed, waiting, clock.beside) as ahead, Outbox(lane_to(job.device), clock.beside) as outbox:
         for block, linears in enumerate(plan.blocks):
             if block in needed:
                 outbox.check()
                 with clock("load"):
                     model.load(block, ahead.take(block))
+                together = window(model, plan, block) if block >= done else range(block, block + 1)
                 if block < done:
-                    if dense is not None and block < len(model.block_names):
-                        with clock("forward"):
-                            dense.advance(block)
+                    with clock("forward"):
+                        if flows.original is not None and block < len(model.block_names):
+                            flows.original.advance(block)
                     restore(model, journal, plan, block, flow)
                 else:
+                    entering = flows.entering(block, together)
                     made = compress_block(
-                        model, plan, block, flow, survey, job.true_sequential, clock, outbox, job.shared, dense
-                    )
-                    if flow is not None:
-                        made.rows = flow.rows
-                        made.notes += flow.told()
-                    with clock("write"):
-                        outbox.put("write", partial(write, journal, block, made))
-                    del made
-                if flow is not None and block + 1 < total:
+                        model, plan, block, entering, survey, job.true_sequential, clock, outbox, job.shared,
+                        flows.original,
+                    )  # fmt: skip
+                    opened.append(made)
+                if block + 1 < together.stop:
                     with clock("forward"):
-                        flow.advance(block)
-                model.free(block)
+                        flows.step_inside(block, together)
+                else:
+                    close_blocks(model, plan, opened, flow, flows.original, clock, outbox)
+                    put_away(journal, opened, flows, clock, outbox)
+                    for passed in together:
+                        if flow is not None and passed + 1 < total:
+                            with clock("forward"):
+                                flow.advance(passed)
+                        model.free(passed)
             layers += len(linears)
             progress(Status("compress", block + 1, total, layers, plan.layers))
         with clock("write"):
@@ -225,15 +226,25 @@ def compress_blocks(
     return room
 
 
-def write(journal: Journal, block: int, made: Block) -> None:
+def put_away(journal: Journal, opened: list[Block], flows: Flows, clock: Clock, outbox: Outbox) -> None:
+    """Let finished blocks be written, in order; the list is empty then."""
+    while opened:
+        made = opened.pop(0)
+        made.rows, notes = flows.told()
+        made.notes += notes
+        with clock("write"):
+            outbox.put("write", partial(write, journal, made))
+
+
+def write(journal: Journal, made: Block) -> None:
     """Write a finished block to the journal, from the host's copies. Runs in a thread, one block after another."""
     made.seal()
-    journal.add(block, made.tensors, made.records, made.changed, made.notes, made.rows)
+    journal.add(made.number, made.tensors, made.records, made.changed, made.notes, made.rows)
 
 
 def place_ahead(job: Job, plan: Plan) -> Lane:
     """Where the next block's tensors wait while one is worked on: on the device, if it has plenty of room."""
-    roomy = not job.low_memory and _SLACK * plan.device_bytes < hidden.free_memory(job.device)
+    roomy = not job.low_memory and SLACK * plan.device_bytes < hidden.free_memory(job.device)
     return lane_to(job.device) if roomy else Here()
 
 
@@ -252,22 +263,6 @@ def prove(
     text = None if job.text is None else job.text.tokens
     tokens = text if job.rows is None else job.rows.tokens
     return replace(proof, clients=(ask(folder, tokens, job.device, job.trust_remote_code).line(),))
-
-
-def start_flow(model: BlockModel, plan: Plan, job: Job, spill: Path, rows_before: int | None) -> Activations | None:
-    """The calibration rows as activations, None for a pass that needs none.
-
-    Batches are sized to the free memory; a run that goes on keeps the size it began with, and so its sums. Hidden
-    states may take what the device has beside a block, what is done to it, a batch and the next block.
-    """
-    if job.rows is None or not plan.needs:
-        return None
-    tokens = job.rows.tokens
-    widest = max(linear.shape[0] for block in plan.blocks for linear in block)
-    seq = tokens.shape[1]
-    size = rows_before or batch_rows(len(tokens), seq, model.hidden_size, widest, job.device, job.low_memory)
-    held = _SLACK * plan.device_bytes + size * row_bytes(seq, model.hidden_size, widest)
-    return Activations(model, tokens, size, spill, held, job.low_memory)
 
 
 def restore(model: BlockModel, journal: Journal, plan: Plan, block: int, flow: Activations | None) -> None:

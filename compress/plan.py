@@ -75,6 +75,11 @@ class Plan:
     def needs(self) -> Needs:
         return self.recipe.needs
 
+    @property
+    def together(self) -> int:
+        """How many neighbouring blocks are refined together."""
+        return 1 if self.recipe.refiner is None else self.recipe.refiner.window
+
     def storage(self, linear: Linear) -> Storage:
         """How a layer will be stored."""
         return chained(self.choice[linear.name])
@@ -205,7 +210,7 @@ def make_plan(
         before,
         before - gone + packed,
         8.0 * packed / count,
-        _device_estimate(model, chosen, recipe.needs),
+        _device_estimate(model, chosen, recipe.needs, 1 if recipe.refiner is None else recipe.refiner.window),
     )
     plan.quantization_config()  # refuses now what could not be written later
     if format.container == "gguf":
@@ -310,8 +315,12 @@ def refuse(choice: dict[str, tuple[Pass, ...]], format: Format, linears: Iterabl
             raise CompressError(what, f"layer {linear.name}", remedy)
 
 
-def _device_estimate(model: BlockModel, chosen: list[list[Linear]], needs: Needs) -> int:
-    """Bytes: the largest block in the compute dtype, its Hessians, and four float32 copies of its widest layer."""
+def _device_estimate(model: BlockModel, chosen: list[list[Linear]], needs: Needs, together: int) -> int:
+    """Bytes: the largest block in the compute dtype, its Hessians, and four float32 copies of its widest layer.
+
+    Args:
+        together: blocks that are refined together.
+    """
     width = model.dtype.itemsize
     most, outside = 0, 0
     shapes = model.weights.shapes_cache()
@@ -328,9 +337,11 @@ def _device_estimate(model: BlockModel, chosen: list[list[Linear]], needs: Needs
         need = block + 4 * widest
         if needs.hessian:
             need += sum(hessians.values()) * (4 if needs.past else 1) + 4 * square
-        if needs.outputs:  # of each tuned weight its place, the best state, a gradient, what the pass was given
-            need += 16 * sum(linear.shape[0] * linear.shape[1] for linear in linears)
-        most = max(most, need)
+        if (
+            needs.outputs
+        ):  # of each tuned weight its place, squares, the best state, a gradient, what the pass was given
+            need += 20 * sum(linear.shape[0] * linear.shape[1] for linear in linears)
+        most = max(most, together * need)
     inside = model.block_names[0].rpartition(".")[0] + "."
     for name, parameter in model.model.named_parameters():
         outside += 0 if name.startswith(inside) else int(parameter.numel())

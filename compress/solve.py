@@ -39,6 +39,9 @@ class Block:
     """What became of one block. Tensors are on their way to the host, and digests are made in threads, until `seal`.
 
     Attributes:
+        number: of the block in the model.
+        layers: those that are solved and wait for a refiner, until `close_blocks`.
+        folds: what transforms left.
         tensors: to store, by full name on disk.
         records: one a compressed layer.
         digests: sha256 of each layer's dequantised weight, by its name.
@@ -49,6 +52,9 @@ class Block:
         rows: calibration rows that went through it at once.
     """
 
+    number: int
+    layers: list[Layer] = field(default_factory=list)
+    folds: Folds = field(default_factory=lambda: Folds())
     tensors: dict[str, Tensor] = field(default_factory=dict)
     records: list[dict[str, Any]] = field(default_factory=list)
     digests: dict[str, Future[str]] = field(default_factory=dict)
@@ -99,7 +105,8 @@ def compress_block(
     shared: stats.Shared | None = None,
     original: Activations | None = None,
 ) -> Block:
-    """Compress every chosen layer of a loaded block, in place; what is to be stored goes to the host by `outbox`.
+    """Compress every chosen layer of a loaded block, in place; what is to be stored goes to the host by `outbox`, now
+    or, of layers that wait for a refiner, in `close_blocks`.
 
     Args:
         shared: what other runs on the same rows found out about the first block, or will be given.
@@ -107,7 +114,8 @@ def compress_block(
             where they leave it when this returns.
     """
     linears = plan.blocks[block]
-    done = Block()
+    done = Block(block)
+    folds = done.folds
     inputs = _inputs(model, plan, block, linears, flow, clock, shared if block == 0 else None)
     if original is not None and block < len(model.block_names):
         with clock("forward"):
@@ -115,11 +123,9 @@ def compress_block(
                 inputs = stats.collect_past(model, block, inputs, flow, original)
             original.advance(block)
     refining = original is not None and plan.needs.outputs
-    folds = Folds()
     if plan.recipe.transforms and block < len(model.block_names):
         with clock("fold"):
             inputs = _transform(model, plan, block, inputs, flow, folds, done)
-    waiting: list[Layer] = []  # for the refiner
     for position in range(len(inputs)):
         group = inputs[position]
         if flow is not None and true_sequential and position and group.stage != inputs[position - 1].stage:
@@ -133,23 +139,50 @@ def compress_block(
                 for layer in solved:
                     dense = model.set_packed(layer.linear, layer.packed)
                     if refining:
-                        waiting.append(layer)
+                        done.layers.append(layer)
                     else:
                         _store(model, plan, layer, dense, done, outbox)
                         _correct_bias(model, block, layer.linear, part.stats, folds, done, outbox)
-    if waiting:
+    return done
+
+
+def window(model: BlockModel, plan: Plan, block: int) -> range:
+    """The blocks that are refined together with a block, itself among them; the head is by itself."""
+    end = len(model.block_names)
+    first = block - block % plan.together
+    return range(block, block + 1) if block >= end else range(first, min(first + plan.together, end))
+
+
+def close_blocks(
+    model: BlockModel,
+    plan: Plan,
+    made: Sequence[Block],
+    flow: Activations | None,
+    original: Activations | None,
+    clock: Clock,
+    outbox: Outbox,
+) -> None:
+    """Refine the layers of neighbouring blocks that wait for it, together, and send what is to be stored to the host.
+
+    Args:
+        made: loaded blocks.
+        flow: the calibration rows where they enter the first of them.
+        original: those rows where they leave the last of them in the original model.
+    """
+    if any(done.layers for done in made):
         assert flow is not None
         assert original is not None
         with clock("refine"):
-            waiting = _refine(model, plan, block, waiting, flow, original, done, outbox)
+            _refine(model, plan, made, flow, original, outbox)
+    for done in made:
         with clock("pack"):
-            for layer in waiting:
+            for layer in done.layers:
                 _store(model, plan, layer, model.set_packed(layer.linear, layer.packed), done, outbox)
-                _correct_bias(model, block, layer.linear, layer.stats, folds, done, outbox)
-    done.notes = done.words + done.notes
-    if done.unbiased:
-        done.notes.append("bias correction: a layer without a bias has nothing to take it")
-    return done
+                _correct_bias(model, done.number, layer.linear, layer.stats, done.folds, done, outbox)
+        done.layers.clear()
+        done.notes = done.words + done.notes
+        if done.unbiased:
+            done.notes.append("bias correction: a layer without a bias has nothing to take it")
 
 
 def _inputs(
@@ -269,39 +302,42 @@ def _slices(part: stats.Inputs, solved: Solved) -> Iterator[tuple[Linear, slice,
 def _refine(
     model: BlockModel,
     plan: Plan,
-    block: int,
-    layers: list[Layer],
+    made: Sequence[Block],
     flow: Activations,
     targets: Activations,
-    done: Block,
     outbox: Outbox,
-) -> list[Layer]:
-    """Tune those layers of the block whose passes ask for it; the others stay as they are."""
-    refiner = plan.recipe.refiner
+) -> None:
+    """Tune those layers of the blocks whose passes ask for it; the others stay as they are."""
+    refiner, first = plan.recipe.refiner, made[0]
+    layers = [x for done in made for x in done.layers]
     mine = [x for x in layers if any(p.needs.outputs for p in plan.choice[x.linear.name])]
-    if refiner is None or not mine or block >= len(model.block_names):
-        return layers
+    if refiner is None or not mine or first.number >= len(model.block_names):
+        return
     if any(x.packed.storage.activations for x in layers):
-        done.notes.append(f"{refiner.name}: blocks with quantised activations are not refined")
-        return layers
+        first.notes.append(f"{refiner.name}: blocks with quantised activations are not refined")
+        return
     packed = {x.linear.name: x.packed for x in mine}
     weights = {x.linear.name: x.weight for x in mine if x.weight is not None}
-    linears = [x.linear for x in mine]
+    linears = {done.number: [x.linear for x in done.layers if x.linear.name in packed] for done in made}
 
     def work() -> Refined:
         try:
-            return refiner.refine(packed, weights, BlockTask(model, block, linears, flow, targets), block)
+            return refiner.refine(packed, weights, BlockTask(model, linears, flow, targets), first.number)
         finally:
-            done.notes += flow.replays.rest()
+            first.notes += flow.replays.rest()
 
     found = flow.within(work)
-    done.notes += found.notes
-    for name, value in found.vectors.items():
-        model.set_stored(block, name, value)
-        done.tensors[name] = outbox.host(value)
-        done.changed[name] = ""  # until `Block.seal`
+    first.notes += found.notes
     share = found.after / found.before if found.before > 0 else 1.0
-    return [_remeasured(x, found.packed[x.linear.name], share) if x.linear.name in packed else x for x in layers]
+    for done in made:
+        for name in found.vectors.keys() & model.vectors(done.number).keys():
+            value = found.vectors[name]
+            model.set_stored(done.number, name, value)
+            done.tensors[name] = outbox.host(value)
+            done.changed[name] = ""  # until `Block.seal`
+        done.layers = [
+            _remeasured(x, found.packed[x.linear.name], share) if x.linear.name in packed else x for x in done.layers
+        ]
 
 
 def _remeasured(layer: Layer, packed: Packed, share: float) -> Layer:

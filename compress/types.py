@@ -429,13 +429,19 @@ class Refiner(Protocol):
     """A step that tunes the packed layers of a whole block to the original's output; a settings dataclass like a pass.
 
     It runs on the layers whose pass asks for `Needs.outputs`.
+
+    Attributes:
+        window: how many neighbouring blocks it tunes together, 1 or more.
     """
 
     name: ClassVar[str]
     paper: ClassVar[str]
 
+    @property
+    def window(self) -> int: ...
+
     def refine(self, layers: Mapping[str, Packed], weights: Mapping[str, Tensor], task: Task, seed: int) -> Refined:
-        """Tune the layers of one block.
+        """Tune the layers of one block, or of neighbouring ones.
 
         Args:
             layers: as the passes solved them, by name.

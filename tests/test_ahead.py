@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import compress
-from compress import hidden, passes, pipeline, stats
+from compress import flows, hidden, passes, pipeline, stats
 from compress.ahead import Begun, Here, Outbox, Reader, in_order
 from compress.blocks import BlockModel, all_finite
 from compress.checkpoint import Checkpoint
@@ -317,7 +317,7 @@ def test_nothing_is_used_before_it_is_there(
     text = tmp_path / "short.txt"
     text.write_text(text_file.read_text()[:4000])
     more = SMALL | {"calib": str(text_file), "no_eval": False, "eval": str(text)}
-    for module in (pipeline, states):
+    for module in (flows, states):
         monkeypatch.setattr(module, "batch_rows", lambda *given: 3)
     compress.run(toy, METHODS[method], tmp_path / "a" / "out", **more)
     for module in (pipeline, hidden, states):
@@ -359,9 +359,9 @@ def test_a_run_reads_and_writes_beside_its_solver(
         read.wait_for(block + 1)
         return solving(model, plan, block, *rest)
 
-    def slow_write(journal: Any, block: int, made: Any) -> None:
-        solved.wait_for(block + 1)
-        writing(journal, block, made)
+    def slow_write(journal: Any, made: Any) -> None:
+        solved.wait_for(made.number + 1)
+        writing(journal, made)
 
     monkeypatch.setattr(Checkpoint, "read", slow_read)
     monkeypatch.setattr(pipeline, "compress_block", slow_solve)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import compress.api
-from compress import hidden, pipeline, stats
+from compress import flows, hidden, pipeline, stats
 from compress.ahead import Here, Stream
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
@@ -46,7 +46,7 @@ def digests(result: Any) -> list[str]:
 @pytest.mark.parametrize("method", METHODS)
 def test_streams_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, tier: str) -> None:
     """The slow twin copies everything in the stream of the work, when it is needed."""
-    for module in (pipeline, states):
+    for module in (flows, states):
         monkeypatch.setattr(module, "batch_rows", lambda *given: 16)
     monkeypatch.setattr(hidden, "choose_tier", lambda *given: tier)
     fast = compress.run("bundled", METHODS[method], tmp_path / "a" / "out", eval="bundled", **RUN)
@@ -59,7 +59,7 @@ def test_streams_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_low_memory_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "batch_rows", lambda *given: 16)
+    monkeypatch.setattr(flows, "batch_rows", lambda *given: 16)
     plain = compress.run("bundled", compress.GPTQ(bits=4), tmp_path / "a", no_eval=True, **RUN)
     low = compress.run("bundled", compress.GPTQ(bits=4), tmp_path / "b", no_eval=True, low_memory=True, **RUN)
     assert (plain.room["hidden_states"], low.room["hidden_states"]) == ("device", "host")
@@ -77,7 +77,7 @@ def test_a_full_device_halves_the_batch(tmp_path: Path, monkeypatch: pytest.Monk
     """A limit between what 64 and what 4 rows at once take: the run ends, and says how."""
 
     def run(rows: int, name: str) -> tuple[Any, int]:
-        monkeypatch.setattr(pipeline, "batch_rows", lambda *given: rows)
+        monkeypatch.setattr(flows, "batch_rows", lambda *given: rows)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         result = compress.run("bundled", compress.GPTQ(bits=4), tmp_path / name, no_eval=True, **RUN)

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import compress
-from compress import hidden, passes, pipeline, stats
+from compress import flows, hidden, passes, pipeline, stats
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
 from compress.hidden import Activations, HiddenStates, batch_rows, choose_tier, row_bytes
@@ -122,7 +122,7 @@ def digests(result: Any) -> list[str]:
 def test_run_from_disk_equals_run_from_memory(
     toy: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "batch_rows", lambda *given: 2)
+    monkeypatch.setattr(flows, "batch_rows", lambda *given: 2)
     method = compress.GPTQ(bits=3, group_size=32)
     in_memory = compress.run(toy, method, tmp_path / "a", calib=str(text_file), **SMALL)
     assert in_memory.room["hidden_states"] == "host"
@@ -171,7 +171,7 @@ def test_out_of_memory_halves_the_batch(
     """The run ends as one that had so many rows at once from the beginning, to the last bit, and says so once."""
     method = compress.GPTQ(bits=3, group_size=32)
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "batch_rows", lambda *given: most)
+        patch.setattr(flows, "batch_rows", lambda *given: most)
         wanted = compress.run(toy, method, tmp_path / "a", calib=str(text_file), **SMALL)
     small = Small(monkeypatch, most, where)
     result = compress.run(toy, method, tmp_path / "b", calib=str(text_file), **SMALL)
@@ -266,7 +266,7 @@ def test_low_memory(
     assert (plain.room["batch_rows"], low.room["batch_rows"]) == (64, 16)
     assert outside == [True] * 4 + [False] * 4
     assert low.room["next_block"] == "cpu"
-    monkeypatch.setattr(pipeline, "batch_rows", lambda *given: 16)
+    monkeypatch.setattr(flows, "batch_rows", lambda *given: 16)
     same = compress.run(toy, method, tmp_path / "c", **given)
     assert digests(low) == digests(same)
     assert low.score is not None
@@ -299,7 +299,7 @@ def test_low_memory_finds_what_it_put_away(
         "true sequential": (compress.GPTQ(bits=4, group_size=32), {"true_sequential": True}),
     }
     method, more = methods[name]
-    monkeypatch.setattr(pipeline, "batch_rows", lambda *given: 4)
+    monkeypatch.setattr(flows, "batch_rows", lambda *given: 4)
     given = {**SMALL, **more, "calib": str(text_file)}
     plain = compress.run(folder, method, tmp_path / "a", **given)
     low = compress.run(folder, method, tmp_path / "b", low_memory=True, **given)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,12 @@ from compress.auto.store import Store
 from compress.blocks import BlockModel
 from compress.calibration import Rows
 from compress.errors import CompressError
+from compress.flows import start_flows
 from compress.formats import FORMATS
 from compress.job import Job, Progress, Result
 from compress.options import Options
 from compress.output import WEIGHT_FILES
-from compress.pipeline import compress_checkpoint, make_plan, open_model, start_flow
+from compress.pipeline import compress_checkpoint, make_plan, open_model
 from compress.plan import Plan
 from compress.recipe import Recipe
 from compress.report import card
@@ -160,15 +160,14 @@ def _measure(
     model: BlockModel, plan: Plan, field: Field, store: Store, job: Job, probes: Tensor | None, progress: Progress
 ) -> None:
     """Fill the store. Hidden states that fit in no memory lie beside it."""
-    flow = start_flow(model, plan, job, store.folder / "hidden.bin", None)
-    with nullcontext() if flow is None else flow:
+    with start_flows(model, plan, job, store.folder, None) as flows:
         measure(
             Work(
                 model,
                 field,
                 store,
                 plan.scale_dtype,
-                flow,
+                flows.compressed,
                 probes,
                 store.folder / "probes.bin",
                 POINTS,

@@ -48,11 +48,13 @@ class Refine:
         default=0.0625, metadata={"help": "share of the calibration rows that decides what is kept"}
     )
     norms: bool = field(default=False, metadata={"help": "tune the gains of norms and the biases of the block, too"})
+    window: int = field(default=1, metadata={"help": "neighbouring blocks that are refined together, 1 or more"})
     looks: int = field(default=4, metadata={"help": "how often the held-out rows are looked at, evenly over the steps"})
 
     def __post_init__(self) -> None:
         for flag, value, low, high in (
             ("steps", self.steps, 1, 100_000), ("rate", self.rate, 0.0, 1.0), ("looks", self.looks, 1, self.steps),
+            ("window", self.window, 1, 64),
             ("scale_rate", self.scale_rate, 0.0, 0.4), ("held_out", self.held_out, 1e-4, 0.5),
         ):  # fmt: skip
             if not low <= value <= high:

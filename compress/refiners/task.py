@@ -15,17 +15,17 @@ class BlockTask:
     """See `compress.types.Task`. A piece is as many rows as go through a block at once.
 
     Args:
-        linears: the layers that are tuned.
-        inputs: the hidden states that enter the loaded block in the compressed model.
-        targets: the hidden states that leave it in the original model, in batches of the same size.
+        linears: the layers that are tuned, by block; the blocks are loaded and follow each other.
+        inputs: the hidden states that enter the first block in the compressed model.
+        targets: the hidden states that leave the last in the original model, in batches of the same size.
     """
 
     def __init__(
-        self, model: BlockModel, block: int, linears: Sequence[Linear], inputs: Activations, targets: Activations
+        self, model: BlockModel, linears: Mapping[int, Sequence[Linear]], inputs: Activations, targets: Activations
     ) -> None:
-        self._model, self._block = model, block
-        self._linears = {linear.name: linear for linear in linears}
-        self._params = model.vectors(block)
+        self._model = model
+        self._linears = {block: {x.name: x for x in mine} for block, mine in linears.items()}
+        self._params = {block: model.vectors(block) for block in linears}
         self._inputs, self._targets = inputs, targets
         rows = inputs.rows
         if len(inputs.tokens) <= rows and rows > 1:
@@ -46,8 +46,9 @@ class BlockTask:
 
     @property
     def vectors(self) -> Mapping[str, Tensor]:
-        stored = {name: self._model.weights.dtype(name) for name in self._params}
-        return {n: self._model.model.get_parameter(p).data.to(stored[n]) for n, p in self._params.items()}
+        params = {name: param for mine in self._params.values() for name, param in mine.items()}
+        stored = {name: self._model.weights.dtype(name) for name in params}
+        return {n: self._model.model.get_parameter(p).data.to(stored[n]) for n, p in params.items()}
 
     def __len__(self) -> int:
         return len(self._pieces)
@@ -58,9 +59,12 @@ class BlockTask:
 
     def output(self, weights: Mapping[str, Tensor], inputs: Tensor) -> Tensor:
         shape = (len(inputs), self._inputs.tokens.shape[1])
-        mine = [(self._linears[n], w) for n, w in weights.items() if n in self._linears]
-        others = {self._params[n]: w for n, w in weights.items() if n not in self._linears}
-        return self._model.output(self._block, inputs, shape, mine, others)
+        states = inputs
+        for block, linears in self._linears.items():
+            mine = [(linears[n], w) for n, w in weights.items() if n in linears]
+            others = {self._params[block][n]: w for n, w in weights.items() if n in self._params[block]}
+            states = self._model.output(block, states, shape, mine, others)
+        return states
 
     def repeated(self, work: Callable[..., None]) -> Callable[..., None]:
         return self._inputs.replays.of(work)

@@ -65,7 +65,7 @@ def ours(args: argparse.Namespace, name: str, recipe: dict[str, Any], out: Path,
 
     result = compress.run(
         args.model, make_recipe(recipe, "frontier", name), out, calib=args.calib, samples=args.samples,
-        seq_len=args.seq_len, seed=seed, device=args.device, no_eval=True, no_client=True,
+        seq_len=args.seq_len, seed=seed, device=args.device, no_eval=True, no_client=True, fresh=True,
     )  # fmt: skip
     refined = [r["figures"]["refined"] for r in result.records if "refined" in r["figures"]]
     return {

@@ -24,6 +24,7 @@ from compress.auto.run import Outcome, auto
 from compress.auto.store import Store
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
+from compress.flows import start_flows
 from compress.options import Options
 from compress.passes.gptq import GPTQ
 from compress.pipeline import open_model
@@ -122,7 +123,7 @@ def test_losses_are_the_pass_own(outcome: Outcome, toy: Path) -> None:
     """Of every layer and candidate, in a block whose inputs no rounding has reached."""
     job = replace(outcome.job, rows=outcome.job.rows)
     model = open_model(job)[1]
-    flow = run.start_flow(model, run.make_plan(job, model), job, Path("unused"), None)
+    flow = start_flows(model, run.make_plan(job, model), job, Path("unused"), None).compressed
     assert flow is not None
     flow.enter()
     model.load(0)

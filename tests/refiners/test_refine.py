@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import compress
-from compress import pipeline
+from compress import flows
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
@@ -195,15 +195,15 @@ RUN: dict[str, Any] = {"samples": 8, "seq_len": 48, "device": "cpu", "no_eval": 
 QUICK = {"steps": 12, "rate": 0.004}  # of a model of noise on few rows: more would learn the rows
 
 
-def best(**given: Any) -> Recipe:
+def best(refine: Any = QUICK, **given: Any) -> Recipe:
     return make_recipe(
-        {"steps": [{"gptq": {"bits": 3, "group_size": 32, "quality": "best", **given}}, {"refine": QUICK}]}, "r", "r"
+        {"steps": [{"gptq": {"bits": 3, "group_size": 32, "quality": "best", **given}}, {"refine": refine}]}, "r", "r"
     )
 
 
 @pytest.fixture
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "batch_rows", lambda *given: 2)
+    monkeypatch.setattr(flows, "batch_rows", lambda *given: 2)
 
 
 def test_a_run_at_best_quality(toy_run: Callable[..., Any], small_batches: None) -> None:
@@ -249,12 +249,14 @@ def test_targets_are_the_original_models(
         assert block == 0 or not torch.allclose(seen[block][0], seen[block - 1][1], atol=1e-4)
 
 
-@pytest.mark.parametrize("step", [4, 7])
+@pytest.mark.parametrize(("step", "window"), [(4, 1), (7, 1), (8, 2), (9, 3)])
 def test_a_killed_run_goes_on_to_the_same_bytes(
-    toy: Path, text_file: Path, tmp_path: Path, step: int, small_batches: None
+    toy: Path, text_file: Path, tmp_path: Path, step: int, window: int, small_batches: None
 ) -> None:
+    """Also where some of the blocks that were refined together are written, and others not."""
+
     def go(out: Path) -> Any:
-        return compress.run(toy, best(), out, calib=str(text_file), **RUN)
+        return compress.run(toy, best(QUICK | {"window": window}), out, calib=str(text_file), **RUN)
 
     expected = go(tmp_path / "a")
     child = os.fork()
@@ -274,8 +276,36 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
             os._exit(1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     found = go(tmp_path / "b")
-    assert found.resumed > 0
+    assert 0 < found.resumed < 4
+    assert found.resumed % window == 0
     assert [r["sha256_dense"] for r in found.records] == [r["sha256_dense"] for r in expected.records]
+
+
+def test_blocks_that_are_refined_together(toy: Path, toy_run: Callable[..., Any], small_batches: None) -> None:
+    """The first of a pair is tuned to what the second makes of it: both have the pair's share of error, and the second
+    was solved on what the first's solved codes let through."""
+    seen: list[set[str]] = []
+    whole = Refine.refine
+
+    def watched(self: Refine, layers: Any, weights: Any, task: Any, seed: int) -> Any:
+        seen.append({name.split(".")[2] for name in layers})
+        assert len(task.vectors) == 2 * len(seen[-1])  # two norms a block
+        found = whole(self, layers, weights, task, seed)
+        assert found.packed.keys() == layers.keys()
+        return found
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Refine, "refine", watched)
+        pairs = toy_run(best(QUICK | {"window": 2}), "pairs")
+        threes = toy_run(best(QUICK | {"window": 3}), "threes")
+    assert seen == [{"0", "1"}, {"2", "3"}, {"0", "1", "2"}, {"3"}]
+    for found, size in ((pairs, 2), (threes, 3)):
+        by_window: dict[int, set[float]] = {}
+        for r in found.records:
+            by_window.setdefault(int(r["name"].split(".")[2]) // size, set()).add(r["figures"]["refined"])
+        assert all(len(shares) == 1 for shares in by_window.values())
+    alone = toy_run(best(), "alone")
+    assert [r["sha256_dense"] for r in pairs.records] != [r["sha256_dense"] for r in alone.records]
 
 
 def test_a_run_that_tunes_norms(toy: Path, toy_run: Callable[..., Any], small_batches: None, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import compress
-from compress import pipeline, stats
+from compress import flows, stats
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
@@ -145,7 +145,7 @@ RUN: dict[str, Any] = {"samples": 16, "seq_len": 48, "device": "cpu", "no_eval":
 
 @pytest.fixture
 def run(toy: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Any]:
-    monkeypatch.setattr(pipeline, "batch_rows", lambda *given: 4)
+    monkeypatch.setattr(flows, "batch_rows", lambda *given: 4)
     return lambda method, name, **more: compress.run(toy, method, tmp_path / name, calib=str(text_file), **RUN | more)
 
 
