@@ -29,6 +29,9 @@ from compress.errors import CompressError
 from compress.refiners.tuned import Tuned, paces, tunable, tuned, tuned_vector
 from compress.types import Packed, Refined, Task
 
+#: levels that a usual gradient moves a rounding, times the root of the steps
+_FAR = 0.07
+
 
 @dataclass(frozen=True)
 class Refine:
@@ -38,8 +41,12 @@ class Refine:
     paper: ClassVar[str] = "Li et al.: BRECQ, ICLR 2021; Cheng et al.: SignRound (AutoRound), 2023"
 
     steps: int = field(default=100, metadata={"help": "steps of a block, a piece of the calibration rows each"})
-    rate: float = field(
-        default=0.01, metadata={"help": "levels that a usual gradient moves a rounding in the first step; falls to 0"}
+    rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "levels that a usual gradient moves a rounding in the first step; falls to 0. By default 0.07 over "
+            "the root of the steps"
+        },
     )
     scale_rate: float = field(
         default=0.0025, metadata={"help": "share of itself that a scale moves in the first step; falls to 0"}
@@ -52,6 +59,9 @@ class Refine:
     looks: int = field(default=4, metadata={"help": "how often the held-out rows are looked at, evenly over the steps"})
 
     def __post_init__(self) -> None:
+        if self.rate is None:  # so steps in random directions lead equally far, however many there are
+            object.__setattr__(self, "rate", round(_FAR / max(self.steps, 1) ** 0.5, 6))
+        assert self.rate is not None
         for flag, value, low, high in (
             ("steps", self.steps, 1, 100_000), ("rate", self.rate, 0.0, 1.0), ("looks", self.looks, 1, self.steps),
             ("window", self.window, 1, 64),
@@ -106,6 +116,7 @@ class Refine:
         last = range(len(task) - held, len(task))
         _write(moving, leaves)
         first = best = _error(leaves, task, last)
+        assert self.rate is not None
         pace = paces(self.steps, self.rate, self.scale_rate, task.device)
         step = task.repeated(partial(_step, moving, leaves, task))
         every = max(1, self.steps // self.looks)
