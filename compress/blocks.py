@@ -430,6 +430,13 @@ class BlockModel:
     @torch.no_grad()
     def logits(self, hidden: Tensor, tokens: Tensor) -> Tensor:
         """float32 logits [rows, seq, vocab] from the hidden states that leave the last block."""
+        out = self.predict(hidden, tokens)
+        if out.numel() and bool(torch.isnan(out.amax())):  # which NaN is handed on by
+            raise CompressError("its logits hold NaN", str(self.weights.folder), "try --dtype float32")
+        return out.float()
+
+    def predict(self, hidden: Tensor, tokens: Tensor) -> Tensor:
+        """Logits [rows, seq, vocab] in the compute dtype, differentiable in the hidden states."""
         self.prepare()
         given = (hidden.to(self.device),) if self._tuple else hidden.to(self.device)
 
@@ -438,9 +445,7 @@ class BlockModel:
 
         with _forwards(self._blocks, [stand_in] * len(self._blocks)):
             out: Tensor = self.model(input_ids=tokens.to(self.device), use_cache=False).logits
-        if out.numel() and bool(torch.isnan(out.amax())):  # which NaN is handed on by
-            raise CompressError("its logits hold NaN", str(self.weights.folder), "try --dtype float32")
-        return out.float()
+        return out
 
 
 def all_finite(value: Tensor) -> Tensor:

@@ -109,8 +109,8 @@ def export(
         what = "nothing in it is packed, so there are no codes to move"
         raise CompressError(what, str(source), "compress it first: `compress methods` lists how")
     model = BlockModel(weights, torch.float32, torch.device("cpu"), trust_remote_code)
-    blocks = _blocks(model, weights)
-    dtype = _dtype(form, weights)
+    blocks = packed_blocks(model, weights)
+    dtype = stored_dtype(form, weights)
     ways = {x.name: plan(weights.storage(x.name), form, x) for block in blocks for x in block}
     done = Exported(out, format, len(ways))
     for way in ways.values():
@@ -120,7 +120,7 @@ def export(
     held = [
         Held(x.name, x.param.removesuffix(".weight"), x.shape, ways[x.name].storage, dtype) for b in blocks for x in b
     ]
-    quantization = form.config(held, _left(model, held), any(x.own_forward for b in blocks for x in b))
+    quantization = form.config(held, left_dense(model, held), any(x.own_forward for b in blocks for x in b))
     if form.container == "gguf":
         gguf_writing.describe(weights.checkpoint)  # refuses a model or a tokenizer that the file cannot describe
     if target is not None:
@@ -161,7 +161,7 @@ def export(
     return done
 
 
-def _dtype(form: Format, weights: Weights) -> torch.dtype:
+def stored_dtype(form: Format, weights: Weights) -> torch.dtype:
     """Of the scales in the new files; our own format takes any, so there they stay what they are."""
     if form.name == OWN and weights.packed:
         return weights.dtype(min(weights.packed) + ".weight")
@@ -288,7 +288,7 @@ def refuse_losses(losses: Mapping[str, int], allowed: bool, where: Path) -> None
         raise CompressError(f"not lossless, it would round or drop: {what}", str(where), "pass --lossy to do it")
 
 
-def _blocks(model: BlockModel, weights: Weights) -> list[list[Linear]]:
+def packed_blocks(model: BlockModel, weights: Weights) -> list[list[Linear]]:
     """The packed layers by block, the head behind the last."""
     blocks = [[x for x in model.linears(i) if x.name in weights.packed] for i in range(len(model.block_names))]
     head = model.head()
@@ -302,7 +302,7 @@ def _blocks(model: BlockModel, weights: Weights) -> list[list[Linear]]:
     return blocks
 
 
-def _left(model: BlockModel, held: list[Held]) -> list[str]:
+def left_dense(model: BlockModel, held: list[Held]) -> list[str]:
     """Modules of linear layers that stay dense."""
     packed = {h.module for h in held}
     every = [x.param.removesuffix(".weight") for i in range(len(model.block_names)) for x in model.linears(i)]

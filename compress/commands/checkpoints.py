@@ -13,6 +13,7 @@ from compress.commands.shared import Code, Device, Json, Model, NoClient, NoVeri
 
 if TYPE_CHECKING:
     from compress.rotation.asked import Rotation
+    from compress.tuning.asked import Tuning
 
 
 def eval_command(
@@ -207,6 +208,59 @@ def rotate(
             step=lambda done, total: progress(Status("rotate", done, total)),
         )
     print(json.dumps(done.as_json(), indent=2)) if as_json else files.print_rotated(done)
+
+
+def tune(
+    model: str,
+    settings: Tuning,
+    against: Annotated[str, typer.Option("--against", help="the original: folder, hub id, or 'bundled'")],
+    out: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option("-o", "--out", help="output folder; default: MODEL-tuned here"),
+    ] = None,
+    calib: Annotated[str, typer.Option("--calib", help="calibration data, as for a pass")] = "pile",
+    calib_column: Annotated[Optional[str], typer.Option("--calib-column", help="text column of a data set")] = None,  # noqa: UP045
+    samples: Annotated[int, typer.Option("--samples", help="calibration rows")] = 128,
+    seq_len: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option("--seq-len", help="tokens a row; default: 2048, or the model's context if shorter"),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option("--dtype", help="auto, float32, bfloat16 or float16: what both compute in")
+    ] = "auto",
+    no_verify: NoVerify = False,
+    no_client: NoClient = False,
+    overwrite: Overwrite = False,
+    device: Device = None,
+    trust_remote_code: Code = False,
+    as_json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """What `compress tune` does with its settings (cli.py makes its signature from both)."""
+    from compress import api
+    from compress.job import Status
+    from compress.options import Options
+    from compress.report import files, screen
+    from compress.tuning import tune as tuning
+
+    folder, original = api.find_model(model), api.find_model(against)
+    asked = Options(
+        calib=calib, calib_column=calib_column, samples=samples, seq_len=seq_len, seed=settings.seed, dtype=dtype,
+        device=device, trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    with screen.progress_line(hidden(quiet, as_json)) as progress:
+        done = tuning.run(
+            folder,
+            original,
+            asked,
+            out or Path(f"{folder.name}-tuned"),
+            settings,
+            overwrite=overwrite,
+            check=not no_verify,
+            client=not no_client,
+            step=lambda done, total: progress(Status("tune", done, total)),
+        )
+    print(json.dumps(done.as_json(), indent=2)) if as_json else files.print_tuned(done)
 
 
 def doctor_command(as_json: Json = False) -> None:

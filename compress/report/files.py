@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from compress.export import Exported
     from compress.inventory import Inventory
     from compress.rotation.rotate import Rotated
+    from compress.tuning.tune import Tuned
 
 
 def print_inventory(found: Inventory) -> None:
@@ -64,6 +65,20 @@ def print_rotated(done: Rotated) -> None:
     for line in lines:
         console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
     console.print(f"written: {done.out}; next: compress gptq {done.out}", highlight=False, markup=False, soft_wrap=True)
+
+
+def print_tuned(done: Tuned) -> None:
+    """What was tuned, what it is worth, what was checked."""
+    console = Console()
+    lines = [f"scales of {done.layers} of {done.packed} packed layers and gains of norms tuned; every code stayed"]
+    share = done.after / done.before if done.before > 0 else 1.0
+    change = f"{done.before:.4f} to {done.after:.4f} nats a token ({share:.0%})"
+    lines.append(f"divergence from the original on held-out rows: {change}")
+    lines += [f"note: {note}" for note in done.notes]
+    lines += ["not verified (--no-verify)"] if done.proof is None else list(done.proof.clients)
+    for line in lines:
+        console.print(f"  {line}", highlight=False, markup=False, soft_wrap=True)
+    console.print(f"written: {done.out}", highlight=False, markup=False, soft_wrap=True)
 
 
 def print_export(done: Exported) -> None:

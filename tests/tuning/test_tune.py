@@ -1,0 +1,128 @@
+"""`compress tune`: the divergence on held-out rows falls or nothing changes; codes stay, files are whole."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import compress
+from compress import cli
+from compress.checkpoint import Checkpoint
+from compress.errors import CompressError
+from compress.passes.gptq import GPTQ
+from compress.passes.nf4 import NF4
+from compress.passes.rtn import RTN
+from compress.tuning import tune as tuning
+from compress.tuning.asked import Tuning
+from compress.verify import check_hashes
+from compress.weights import Weights
+
+RUN: dict[str, Any] = {"samples": 16, "seq_len": 48, "device": "cpu", "no_eval": True, "no_client": True}
+
+
+@pytest.fixture(scope="module")
+def packed(toy: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed") / "out"
+    compress.run(toy, GPTQ(2, 32), out, calib=str(text_file), **RUN)
+    return out
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr("sys.argv", ["compress", "tune", *words, "--device", "cpu"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    return int(stop.value.code or 0)
+
+
+SMALL = ("--samples", "16", "--seq-len", "48", "--steps", "12", "--looks", "3")
+
+
+def test_a_packed_checkpoint_comes_nearer(
+    toy: Path, packed: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "tuned"
+    words = (str(packed), "--against", str(toy), "--calib", str(text_file), "-o", str(out), *SMALL, "--rate", "0.01")
+    assert command(monkeypatch, *words, "--json") == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["after"] < told["before"]
+    assert told["layers"] == told["packed"] == told["proof"]["layers"] == 28
+    assert "transformers" in told["proof"]["clients"][0]
+    before, after = Weights(Checkpoint.open(packed)), Weights(Checkpoint.open(out))
+    assert after.packed == before.packed
+    assert after.format_name == before.format_name
+    moved = 0
+    for name in sorted(after.packed):
+        old, new = before.read_packed(name).tensors(), after.read_packed(name).tensors()
+        assert torch.equal(old["codes"], new["codes"])
+        moved += int((old["scales"] != new["scales"]).sum())
+    assert moved > 100
+    gains = [n for n in after.checkpoint.tensors if "layernorm" in n]
+    assert any(not torch.equal(before.checkpoint.read(n), after.checkpoint.read(n)) for n in gains)
+    rest = [n for n in after.checkpoint.tensors if n in before.checkpoint.tensors and "layers" not in n]
+    assert rest
+    assert all(torch.equal(before.checkpoint.read(n), after.checkpoint.read(n)) for n in rest)
+    check_hashes(out)
+    record = json.loads((out / "compress.json").read_text())
+    assert record["tuned"]["after"] == told["after"]
+    assert record["tuned"]["settings"]["rate"] == 0.01
+    assert "Tuned end to end" in (out / "README.md").read_text()
+    again = tmp_path / "again"
+    assert command(monkeypatch, *words[:5], "-o", str(again), *words[7:], "--quiet") == 0
+    assert "every code stayed" in capsys.readouterr().out
+    new = Weights(Checkpoint.open(again))
+    assert all(torch.equal(after.checkpoint.read(n), new.checkpoint.read(n)) for n in after.checkpoint.tensors)
+
+
+def test_what_held_out_rows_do_not_bear_out_is_not_kept(
+    toy: Path, packed: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tuning._divergence
+    asked: list[float] = []
+
+    def rising(*given: Any) -> float:
+        asked.append(real(*given) + len(asked))
+        return asked[-1]
+
+    monkeypatch.setattr(tuning, "_divergence", rising)
+    options = compress.Options(calib=str(text_file), samples=8, seq_len=32, device="cpu")
+    done = tuning.run(packed, toy, options, tmp_path / "out", Tuning(steps=2, looks=2), client=False)
+    assert done.after == done.before
+    assert any("stay as they were" in note for note in done.notes)
+    before, after = Checkpoint.open(packed), Checkpoint.open(tmp_path / "out")
+    assert all(torch.equal(before.read(n), after.read(n)) for n in before.tensors)
+
+
+@pytest.mark.parametrize("method", [NF4(), RTN(4, 32, symmetric=False)])
+def test_other_formats(method: Any, toy: Path, text_file: Path, tmp_path: Path) -> None:
+    compress.run(toy, method, tmp_path / "packed", calib=str(text_file), **RUN)
+    options = compress.Options(calib=str(text_file), samples=8, seq_len=32, device="cpu")
+    done = tuning.run(tmp_path / "packed", toy, options, tmp_path / "out", Tuning(steps=4, looks=2, gain_rate=0.0))
+    assert done.after <= done.before
+    assert done.proof is not None
+    names = [n for n in Checkpoint.open(toy).tensors if "norm" in n]
+    old, new = Checkpoint.open(toy), Checkpoint.open(tmp_path / "out")
+    assert all(torch.equal(old.read(n), new.read(n)) for n in names)
+
+
+def test_what_is_refused(toy: Path, packed: Path, text_file: Path, tmp_path: Path, make_model: Any) -> None:
+    options = compress.Options(calib=str(text_file), samples=8, seq_len=32, device="cpu")
+    one = compress.Options(calib=str(text_file), samples=1, seq_len=32, device="cpu")
+    for folder, original, given, says in (
+        (toy, toy, options, "nothing in it is packed"),
+        (packed, packed, options, "pass the model that it was made from"),
+        (packed, toy, one, "nothing is left to learn from"),
+    ):
+        with pytest.raises(CompressError, match=says):
+            tuning.run(folder, original, given, tmp_path / "out", Tuning(steps=1, looks=1))
+        assert not (tmp_path / "out").exists()
+    for settings, flag in (
+        ({"steps": 0}, "steps"),
+        ({"rate": 1.0}, "rate"),
+        ({"rate": 0, "gain_rate": 0}, "gain-rate"),
+    ):
+        with pytest.raises(CompressError, match=flag):
+            Tuning(**settings)
