@@ -29,12 +29,15 @@ def scalable(packed: Packed) -> bool:
 class Scaled:
     """A layer that `scalable` names.
 
+    Args:
+        base: [out, in], its weights in the compute dtype; kept, not changed.
+
     Attributes:
         factor: float32, shaped as the layer's scales; 1 at first.
     """
 
-    def __init__(self, packed: Packed, dtype: torch.dtype) -> None:
-        self._base = packed.dequantize().to(dtype)
+    def __init__(self, packed: Packed, base: Tensor) -> None:
+        self._base = base
         self._scales = _scales(packed)
         self._spread = _spread(packed)
         self._fixed = None

@@ -153,8 +153,9 @@ def tune(
                 parts = {f"{linear.name}.{s}": t for s, t in form.pack(packed).items()}
                 tensors |= parts
                 records.append(_record(linear.name, linear.shape, parts, packed.dequantize()))
-                module = linear.param.removesuffix(".weight")
-                held.append(Held(linear.name, module, linear.shape, packed.storage, scales))
+                held.append(
+                    Held(linear.name, linear.param.removesuffix(".weight"), linear.shape, packed.storage, scales)
+                )
             mine = {n: gains[n].cpu() for n in student.gains_of(number) if n in gains}
             journal.add(number, tensors | mine, records, {n: digest(t) for n, t in mine.items()})
         own = any(x.own_forward for block in blocks for x in block)

@@ -57,7 +57,7 @@ class Student:
             for linear in mine:
                 packed = model.weights.read_packed(linear.name, model.device)
                 if scalable(packed) and not packed.storage.activations:
-                    self.scaled[linear.name] = Scaled(packed, model.dtype)
+                    self.scaled[linear.name] = Scaled(packed, model.weight(linear))
                     self._linears[-1].append(linear)
             found = {name: param for name, param in model.vectors(block).items() if not name.endswith("bias")}
             self._vectors.append(found)

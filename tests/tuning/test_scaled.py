@@ -45,7 +45,7 @@ def factors(like: Tensor) -> Tensor:
 def test_it_computes_what_will_be_stored(name: str, dtype: torch.dtype) -> None:
     packed = solved(name, dtype)
     assert scalable(packed)
-    layer = Scaled(packed, torch.float32)
+    layer = Scaled(packed, packed.dequantize().float())
     assert torch.equal(layer.weight(), packed.dequantize().float())
     with torch.no_grad():
         layer.factor.copy_(factors(layer.factor))
@@ -63,7 +63,7 @@ def test_it_computes_what_will_be_stored(name: str, dtype: torch.dtype) -> None:
 def test_its_gradient_is_that_of_the_factors(name: str) -> None:
     """Against differences of a sum, in float64: each factor's own."""
     packed = solved(name, torch.float32)
-    layer = Scaled(packed, torch.float32)
+    layer = Scaled(packed, packed.dequantize().float())
     direction = torch.randn(ROWS, COLUMNS, generator=torch.Generator().manual_seed(2))
     (slope,) = torch.autograd.grad((layer.weight() * direction).sum(), [layer.factor])
     places = torch.arange(layer.factor.numel())[:: max(1, layer.factor.numel() // 7)]
