@@ -37,8 +37,10 @@ from compress.writer import write_text
 
 Step = Callable[[int, int], None]
 
-#: tokens of a step, and bytes that the logits of rows that go through the model at once may take
-_TOKENS, _LOGITS = 16384, 1 << 30
+#: tokens of a step, on a GPU and on a CPU
+_TOKENS, _TOKENS_CPU = 16384, 4096
+#: bytes that the logits of rows that go through the model at once may take
+_LOGITS = 1 << 30
 _BETAS = 0.9, 0.99
 
 
@@ -201,7 +203,8 @@ def _descend(
     seen, apart = tokens[: count - held], tokens[count - held :]
     vocabulary = int(teacher.model.get_input_embeddings().weight.shape[0])
     once = max(1, _LOGITS // (seq * vocabulary * 4))
-    each = max(1, min(len(seen), _TOKENS // seq))
+    tokens_a_step = _TOKENS if teacher.device.type == "cuda" else _TOKENS_CPU
+    each = max(1, min(len(seen), tokens_a_step // seq))
     groups = [
         {"params": [x.factor for x in student.scaled.values()], "rate": settings.rate},
         {"params": list(student.gains.values()), "rate": settings.gain_rate},

@@ -43,7 +43,11 @@ def settings() -> dict[str, dict[str, Any]]:
         out[f"{bits} bits rtn best"] = {"steps": [{"rtn": {"bits": bits, "group_size": GROUP, "quality": "best"}}]}
         out[f"{bits} bits autoround"] = {"autoround": {"bits": bits, "iters": 200}}
         out[f"{bits} bits best, norms"] = gptq(bits, "best", {"norms": True})
-    for rate in (0.0025, 0.01, 0.02):
+        out[f"{bits} bits best, two blocks together"] = gptq(bits, "best", {"window": 2})
+        for quality in ("balanced", "best"):
+            out[f"{bits} bits {quality}, tuned end to end"] = {**gptq(bits, quality), "tune": {}}
+        out[f"{bits} bits best, 200 steps, tuned end to end"] = {**gptq(bits, "best", {"steps": 200}), "tune": {}}
+    for rate in (0.0035, 0.014):
         out[f"3 bits best, rate {rate:g}"] = gptq(3, "best", {"rate": rate})
     for rate in (0.0, 0.001, 0.005):
         out[f"3 bits best, scale rate {rate:g}"] = gptq(3, "best", {"scale_rate": rate})
@@ -59,18 +63,34 @@ def settings() -> dict[str, dict[str, Any]]:
 
 
 def ours(args: argparse.Namespace, name: str, recipe: dict[str, Any], out: Path, seed: int) -> dict[str, Any]:
-    """One run of ours."""
+    """One run of ours; end-to-end tuning, where it is asked for, in the place of what it was made from."""
     import compress
+    from compress import api
     from compress.recipe import make_recipe
+    from compress.tuning import tune
+    from compress.tuning.asked import Tuning
 
+    end_to_end = recipe.pop("tune", None)
     result = compress.run(
         args.model, make_recipe(recipe, "frontier", name), out, calib=args.calib, samples=args.samples,
         seq_len=args.seq_len, seed=seed, device=args.device, no_eval=True, no_client=True, fresh=True,
     )  # fmt: skip
+    tuned: dict[str, Any] = {}
+    if end_to_end is not None:
+        asked = compress.Options(
+            calib=args.calib, samples=args.samples, seq_len=args.seq_len, seed=seed, device=args.device
+        )
+        begun, folder = time.perf_counter(), out.with_name("packed")
+        shutil.rmtree(folder, ignore_errors=True)
+        out.rename(folder)
+        found = tune.run(folder, api.find_model(args.model), asked, out, Tuning(**end_to_end, seed=seed), client=False)
+        tuned = {"tuned": [found.before, found.after], "tuning_seconds": time.perf_counter() - begun}
     refined = [r["figures"]["refined"] for r in result.records if "refined" in r["figures"]]
     return {
         "phases": result.seconds,
-        "seconds": sum(s for part, s in result.seconds.items() if part not in ("hash", "write", "verify")),
+        **tuned,
+        "seconds": sum(s for part, s in result.seconds.items() if part not in ("hash", "write", "verify"))
+        + tuned.get("tuning_seconds", 0.0),
         "refined": sum(refined) / len(refined) if refined else None,
         "notes": result.notes,
     }
