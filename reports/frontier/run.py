@@ -1,6 +1,6 @@
 """How near to the original each quality comes, what it takes, and what each part is worth; AutoRound beside it.
 
-    python reports/frontier/run.py MODEL CALIB.txt EVAL.txt OUT [--other TEXT] [--only PART,...] [--seeds 0]
+    python reports/frontier/run.py MODEL CALIB.txt EVAL.txt OUT [--other TEXT] [--only "PART;..."] [--seeds 0]
 
 Every setting is a recipe, made by the same call as the command line makes, in this process: seconds are those of load,
 calibration, solving, refining and packing, without imports. All are measured against MODEL on EVAL (and the other
@@ -200,7 +200,7 @@ def main() -> None:
     for name in ("model", "calib", "eval", "out"):
         parser.add_argument(name)
     parser.add_argument("--other", action="append", default=[])
-    parser.add_argument("--only", default="", help="parts of names, separated by commas")
+    parser.add_argument("--only", default="", help="parts of names, separated by semicolons")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
@@ -218,7 +218,7 @@ def main() -> None:
     )
     for seed in map(int, args.seeds.split(",")):
         for name, recipe in settings().items():
-            wanted = not args.only or any(part in name for part in args.only.split(","))
+            wanted = not args.only or any(part in name for part in args.only.split(";"))
             if not wanted or "failed" not in results["rows"].get(f"{name}/{seed}", {"failed": ""}):
                 continue
             results["rows"][f"{name}/{seed}"] = one(args, name, recipe, seed)
