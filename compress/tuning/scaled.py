@@ -53,8 +53,8 @@ class Scaled:
             rounded = (scales * self.factor).to(self._scales.dtype).float() / scales
             rounded = torch.where(torch.isfinite(rounded), rounded, 1.0)
             step = rounded - self.factor
-        grown = self._spread(self.factor + step).to(self._base.dtype)
-        weight = self._base * grown
+        grown = self._spread(self.factor + step)  # in float32: bfloat16 would take away most of a move
+        weight = (self._base.float() * grown).to(self._base.dtype)
         return weight if self._fixed is None else torch.where(self._fixed, self._base, weight)
 
 
