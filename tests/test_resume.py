@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import compress
-from compress import cli, hidden, journal, output, pipeline
+from compress import api, cli, hidden, journal, output, pipeline
 from compress.ahead import Begun
 from compress.blocks import BlockModel
 
@@ -73,8 +73,9 @@ class Runs:
                 os._exit(code)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    def started(self, args: list[str]) -> subprocess.Popen[bytes]:
-        code = "from compress.cli import main; main()"
+    def started(self, args: list[str], first: str = "") -> subprocess.Popen[bytes]:
+        """first: code that runs before the command."""
+        code = f"{first}\nfrom compress.cli import main; main()"
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-c", code, *args]
         return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
@@ -318,10 +319,22 @@ def test_kill_9_from_outside(runs: Runs, undisturbed: Any) -> None:
     assert runs.files() == undisturbed("gptq")
 
 
+LONG_THIRD = """
+import time
+from compress import pipeline
+solve = pipeline.compress_block
+def slow(model, plan, block, *rest):
+    if block == 2:
+        time.sleep(60)
+    return solve(model, plan, block, *rest)
+pipeline.compress_block = slow
+"""
+
+
 def test_ctrl_c(runs: Runs, undisturbed: Any) -> None:
-    """SIGINT: exit code 130, and the message is the command to type."""
-    long = runs.args("gptq", "--samples", 900)
-    process = runs.started(long)
+    """SIGINT while the third block is at work: exit code 130, and the message is the command to type."""
+    long = runs.args("gptq")
+    process = runs.started(long, LONG_THIRD)
     wait_for(process, (runs.partial / "block-00000.json").exists)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
@@ -342,7 +355,7 @@ def test_ctrl_c_before_the_first_block(
     def stop(*args: Any, **kwargs: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(compress.api, "load_tokenizer", stop)
+    monkeypatch.setattr(api, "load_tokenizer", stop)
     assert runs.here(runs.args("gptq")) == 130
     err = capsys.readouterr().err
     assert err.startswith("stopped before a block was finished; to go on, type: compress gptq ")
