@@ -320,7 +320,8 @@ def test_kill_9_from_outside(runs: Runs, undisturbed: Any) -> None:
 
 
 LONG_THIRD = """
-import time
+import signal, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
 from compress import pipeline
 solve = pipeline.compress_block
 def slow(model, plan, block, *rest):
