@@ -79,6 +79,7 @@ def make_job(model: str, method: Pass | Transform | Recipe, options: Options, dr
         raise CompressError(f"{options.seed} is out of range", "--seed", "use 0 to 2^63 - 1")
     source = find_model(model, options.allow_pickle)
     device, dtype = find_device(options.device), find_dtype(options.dtype)
+    recipe = recipe.settled(room=device.type == "cuda" and not options.low_memory)
     if not dry:
         wake(device)
     name = BUNDLED if model == BUNDLED else os.path.basename(os.path.abspath(os.path.expanduser(model)))

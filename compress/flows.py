@@ -54,8 +54,9 @@ class Flows:
         if self.compressed is None:
             return None, []
         notes = self.compressed.told()
+        for beside in filter(None, (self.original, self.inside)):
+            notes += [note for note in beside.told() if note not in notes]
         if self.inside is not None:
-            notes += self.inside.told()
             self.compressed.rows = min(self.compressed.rows, self.inside.rows)
         return self.compressed.rows, notes
 

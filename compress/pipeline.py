@@ -215,6 +215,7 @@ def compress_blocks(
                         if flow is not None and passed + 1 < total:
                             with clock("forward"):
                                 flow.advance(passed)
+                    for passed in together:  # with the first the packed experts of all would go
                         model.free(passed)
             layers += len(linears)
             progress(Status("compress", block + 1, total, layers, plan.layers))

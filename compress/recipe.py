@@ -29,6 +29,7 @@ from typing import Any, Literal
 
 from compress.errors import CompressError
 from compress.passes import REFINERS, known, load, load_refiner
+from compress.passes.quality import settled
 from compress.types import Needs, Pass, Refiner, Storage, Transform, settings
 
 KEEP = "keep"
@@ -131,6 +132,15 @@ class Recipe:
             return None
         given = [s.method for s in self.steps if isinstance(s.method, Refiner)]
         return given[0] if given else load_refiner(next(iter(REFINERS)))()
+
+    def settled(self, room: bool) -> Recipe:
+        """With quality `auto` made out. A refiner among the steps is a wish for best, wherever it runs.
+
+        Args:
+            room: whether there is a device on which refining takes seconds a block, with memory to spare.
+        """
+        room = room or any(isinstance(s.method, Refiner) for s in self.steps)
+        return replace(self, steps=tuple(replace(s, method=settled(s.method, room)) for s in self.steps))
 
     @property
     def needs(self) -> Needs:
@@ -350,7 +360,7 @@ def make_recipe(found: Any, name: str, where: str) -> Recipe:
     refiners = [s.name for s in recipe.steps if isinstance(s.method, Refiner)]
     if len(refiners) > 1:
         raise CompressError(f"{len(refiners)} steps tune the same blocks", where, "leave one of them")
-    if refiners and recipe.refiner is None and recipe.passes:
+    if refiners and recipe.settled(room=True).refiner is None and recipe.passes:
         what = f"{refiners[0]} has nothing to tune: no step has quality: best"
         raise CompressError(what, where, "add it to a step, as in gptq: {bits: 4, quality: best}")
     if not recipe.passes:

@@ -323,6 +323,9 @@ def _refine(
     def work() -> Refined:
         try:
             return refiner.refine(packed, weights, BlockTask(model, linears, flow, targets), first.number)
+        except RuntimeError:
+            flow.replays.close()  # all of its memory: what is tried again may have too little otherwise
+            raise
         finally:
             first.notes += flow.replays.rest()
 
@@ -330,7 +333,7 @@ def _refine(
     first.notes += found.notes
     share = found.after / found.before if found.before > 0 else 1.0
     for done in made:
-        for name in found.vectors.keys() & model.vectors(done.number).keys():
+        for name in [n for n in model.vectors(done.number) if n in found.vectors]:  # in order: it becomes the file's
             value = found.vectors[name]
             model.set_stored(done.number, name, value)
             done.tensors[name] = outbox.host(value)

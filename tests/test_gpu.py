@@ -94,7 +94,7 @@ def test_hessian_from_16_bit_activations() -> None:
 @pytest.mark.parametrize(
     "method",
     [
-        compress.GPTQ(bits=4),
+        compress.GPTQ(bits=4, quality="balanced"),
         compress.GPTQ(bits=3, group_size=64, symmetric=False),
         compress.GPTQ(bits=4, quality="best", correct_past=True),
     ],

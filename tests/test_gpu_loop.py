@@ -28,7 +28,7 @@ pytestmark = [
 GPU = torch.device("cuda")
 RUN: dict[str, Any] = {"calib": "bundled", "seq_len": 256, "device": "cuda", "no_client": True}
 METHODS: dict[str, Any] = {
-    "gptq": compress.GPTQ(bits=4),
+    "gptq": compress.GPTQ(bits=4, quality="balanced"),
     "rtn": compress.RTN(bits=4),
     "smoothquant": compress.passes.load("smoothquant")(),
 }
@@ -60,8 +60,10 @@ def test_streams_change_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 
 def test_low_memory_changes_no_byte(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(flows, "batch_rows", lambda *given: 16)
-    plain = compress.run("bundled", compress.GPTQ(bits=4), tmp_path / "a", no_eval=True, **RUN)
-    low = compress.run("bundled", compress.GPTQ(bits=4), tmp_path / "b", no_eval=True, low_memory=True, **RUN)
+    plain = compress.run("bundled", compress.GPTQ(bits=4, quality="balanced"), tmp_path / "a", no_eval=True, **RUN)
+    low = compress.run(
+        "bundled", compress.GPTQ(bits=4, quality="balanced"), tmp_path / "b", no_eval=True, low_memory=True, **RUN
+    )
     assert (plain.room["hidden_states"], low.room["hidden_states"]) == ("device", "host")
     assert digests(low) == digests(plain)
 
@@ -80,7 +82,9 @@ def test_a_full_device_halves_the_batch(tmp_path: Path, monkeypatch: pytest.Monk
         monkeypatch.setattr(flows, "batch_rows", lambda *given: rows)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
-        result = compress.run("bundled", compress.GPTQ(bits=4), tmp_path / name, no_eval=True, **RUN)
+        result = compress.run(
+            "bundled", compress.GPTQ(bits=4, quality="balanced"), tmp_path / name, no_eval=True, **RUN
+        )
         return result, torch.cuda.max_memory_reserved()
 
     (_, most), (_, least) = run(64, "a"), run(4, "b")

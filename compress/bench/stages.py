@@ -119,8 +119,8 @@ def fast_gptq(setting: Setting) -> GPTQ:
 
 
 def default_gptq(setting: Setting) -> GPTQ:
-    """GPTQ as it is by default."""
-    return GPTQ(setting.bits, setting.group, not setting.asymmetric, tf32=setting.tf32)
+    """GPTQ with search, refit and descent."""
+    return GPTQ(setting.bits, setting.group, not setting.asymmetric, tf32=setting.tf32, quality="balanced")
 
 
 def best_gptq(setting: Setting) -> GPTQ:

@@ -16,6 +16,9 @@ _KEPT = 0.1
 #: what a block does in vain under a capture: it waits for the device, or does something else at each call
 _CANNOT = "cannot be captured as a CUDA graph"
 
+#: pools that cannot be let go
+_BROKEN: list[torch.cuda.MemPool] = []
+
 Work = Callable[..., None]
 _Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
 
@@ -83,10 +86,13 @@ class _Room:
                 work()
             except (RuntimeError, CompressError) as found:
                 error = found
-            try:
-                graph.capture_end()
-            except RuntimeError as found:
-                error = error or found
+            finally:  # also where Ctrl-C stops the run: it has blocks to write, which a stream in capture cannot
+                try:
+                    graph.capture_end()
+                except RuntimeError as found:
+                    error = error or found
+        if error is not None:
+            graph.reset()  # what is raised may be held for long, and the graph with it, and its pool
         return graph, error
 
     def share(self) -> float:
@@ -97,6 +103,8 @@ class _Room:
 
     def leave(self) -> None:
         self._keeper.reset()
+        if self.pool.use_count() > 1:  # by a capture that broke: torch would end the process if the pool went now
+            _BROKEN.append(self.pool)
 
 
 class Replayed:

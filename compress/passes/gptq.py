@@ -129,6 +129,11 @@ class GPTQ:
         return replace(self, group_size=grid.settle_group_size(self.group_size, in_features))
 
     @property
+    def refinable(self) -> bool:
+        plain = self.reference != "none" or not self.scale_search or not self.refit or not self.descent
+        return quality.few(self.bits) and not plain
+
+    @property
     def needs(self) -> Needs:
         return quality.needs(self)
 

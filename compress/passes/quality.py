@@ -1,25 +1,64 @@
 """How much work a pass on a grid does: the same word on every one of them.
 
 fast: the solver alone, with its weighted scale search. balanced: scales are refitted to the codes, codes descend under
-the whole Hessian. best: the block is then refined to the original's output (compress/refiners).
+the whole Hessian. best: the block is then refined to the original's output (compress/refiners). auto: best where it is
+worth its time, which takes a GPU and 4 bits or fewer; else balanced.
 """
 
 from __future__ import annotations
 
-from dataclasses import field
-from typing import Any, Literal
+from dataclasses import field, replace
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from compress.errors import CompressError
 from compress.types import Needs
 
-Quality = Literal["fast", "balanced", "best"]
-LEVELS = ("fast", "balanced", "best")
+Quality = Literal["auto", "fast", "balanced", "best"]
+LEVELS = ("auto", "fast", "balanced", "best")
+#: bits up to which refining is what `auto` does: above, what rounding costs is small (reports/frontier)
+_FEW = 4
+
+T = TypeVar("T")
+
+
+@runtime_checkable
+class Graded(Protocol):
+    """A pass whose default quality is `auto`."""
+
+    quality: Quality
+
+    @property
+    def refinable(self) -> bool:
+        """Whether what it makes is worth refining: its bits are few, and none of its parts was switched off, as where a
+        paper's own method is asked for."""
+        ...
+
+
+def settled(method: T, room: bool) -> T:
+    """A pass with `auto` made out; anything else as it is.
+
+    Args:
+        room: whether there is a device on which refining takes seconds a block, with memory to spare.
+    """
+    if not isinstance(method, Graded) or method.quality != "auto":
+        return method
+    given: Any = method
+    made: T = replace(given, quality="best" if room and method.refinable else "balanced")
+    return made
+
+
+def few(bits: int | None) -> bool:
+    """Whether so many bits lose enough for refining; None: weights that are only pruned, which do."""
+    return bits is None or bits <= _FEW
 
 
 def quality_field() -> Any:
     """The field `quality` of a pass."""
-    text = "fast: the solver alone; balanced: and refit and descent; best: and whole blocks refined to the original's"
-    return field(default="balanced", metadata={"help": f"{text} output"})
+    text = (
+        "fast: the solver alone; balanced: and refit and descent; best: and whole blocks refined to the original's "
+        "output; auto: best for 4 bits and fewer on a GPU without --low-memory, else balanced"
+    )
+    return field(default="auto", metadata={"help": text})
 
 
 def past_field() -> Any:

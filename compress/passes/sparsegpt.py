@@ -37,7 +37,7 @@ from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse, storage_around
 from compress.packed.uniform import UniformGrid, group_index
 from compress.passes.gptq import GPTQ
-from compress.passes.quality import Quality, past_field, quality_field, settle_quality
+from compress.passes.quality import Quality, few, past_field, quality_field, settle_quality
 from compress.solvers import columns, masks
 from compress.solvers.hessian import prepare, refit_kept, row_losses, unvisit
 from compress.solvers.masks import Choice, Pattern
@@ -144,6 +144,10 @@ class SparseGPT:
         if self.pattern is not None:
             return masks.parse(self.pattern)
         return Pattern(sparsity=0.5 if self.sparsity is None else self.sparsity, by_row=self.method == "wanda")
+
+    @property
+    def refinable(self) -> bool:
+        return few(self.bits) and self.method == "sparsegpt" and bool(self.refit)
 
     @property
     def needs(self) -> Needs:

@@ -117,6 +117,10 @@ class SpQR:
             raise CompressError(what, "--average-bits", f"use more than {self.bits}, up to 16")
 
     @property
+    def refinable(self) -> bool:
+        return quality.few(self.bits) and self.scale_search and bool(self.descent)
+
+    @property
     def needs(self) -> Needs:
         return quality.needs(self)
 

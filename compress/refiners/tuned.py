@@ -327,7 +327,7 @@ class _Values:
         self.write(into)
 
     def keep(self) -> None:
-        self._kept = self._value.to(self._layer.values.dtype)
+        self._kept = self._value.to(self._layer.values.dtype, copy=True)  # float32 would be what moves on
 
     def packed(self) -> Dense:
         return replace(self._layer, values=self._kept)

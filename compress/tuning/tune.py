@@ -9,10 +9,13 @@ distribution in place of the text's next token, and with the best of some looks 
 
 from __future__ import annotations
 
+import gc
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -35,6 +38,7 @@ from compress.verify import Proof, digest, verify
 from compress.weights import Weights
 from compress.writer import write_text
 
+T = TypeVar("T")
 Step = Callable[[int, int], None]
 
 #: tokens of a step, on a GPU and on a CPU
@@ -42,6 +46,9 @@ _TOKENS, _TOKENS_CPU = 16384, 4096
 #: bytes that the logits of rows that go through the model at once may take
 _LOGITS = 1 << 30
 _BETAS = 0.9, 0.99
+#: times which gradients are taken, or float16 would lose those of a mean over thousands of tokens; a power of 2, which
+#: changes no others
+_STRETCH = 1024.0
 
 
 @dataclass
@@ -131,14 +138,19 @@ def tune(
     form = FORMATS[source.format_name or ""]
     with Journal(out, overwrite, source.folder) as journal:
         prints = {"checkpoint": source.checkpoint.fingerprint(), "original": original.checkpoint.fingerprint()}
+        if "tune" not in (journal.earlier() or {"tune": None}):
+            what = "holds the finished blocks of another run, which was stopped"
+            raise CompressError(what, str(journal.folder), "go on with that one, remove them, or choose another -o")
         journal.start(lambda: {"tune": asdict(settings), **prints}, fresh=True)
         teacher = load(original, dtype, device, trust_remote_code)
         student = Student(load(source, dtype, device, trust_remote_code))
         if not student.scaled:
             what = "none of its layers has scales that can be tuned"
             raise CompressError(what, str(source.folder), "tune integer grids or tables without double quantisation")
-        factors, gains, before, after = _descend(teacher, student, rows.tokens, settings, step)
-        done = Tuned(out, form.name, len(student.scaled), len(source.packed), before, after)
+        room = _Room(device, rows.tokens.shape[1])
+        factors, gains, before, after = _descend(teacher, student, rows.tokens, settings, room, step)
+        del teacher  # its room is for the client, which loads the result whole
+        done = Tuned(out, form.name, len(student.scaled), len(source.packed), before, after, room.notes)
         if len(student.scaled) < len(source.packed):
             done.notes.append(f"{len(source.packed) - len(student.scaled)} packed layers stay as they are")
         if after >= before:
@@ -175,7 +187,7 @@ def tune(
             if client:
                 answer = ask(journal.final, rows.tokens, device, trust_remote_code)
                 done.proof = replace(done.proof, clients=(answer.line(),))
-        _finish(journal.final, source.folder, done, settings, rows, records, hashes)
+        _finish(journal.final, source.folder, done, settings, rows, records, changed, hashes)
         journal.publish()
     return done
 
@@ -185,14 +197,43 @@ def _same_model(source: Weights, original: Weights) -> None:
     if original.packed:
         raise CompressError("its layers are packed", str(original.folder), "pass the model that it was made from")
     for name in sorted(source.packed):
-        there = original.shapes_cache().get(f"{name}.weight")
-        if there != source.shapes_cache()[f"{name}.weight"]:
-            what = f"has no weight of {name} with {list(source.shapes_cache()[f'{name}.weight'])} entries"
+        there, shape = original.shapes_cache().get(f"{name}.weight"), source.shapes_cache()[f"{name}.weight"]
+        if there not in (shape, shape[::-1]):  # a Conv1D's is kept as [in, out]
+            what = f"has no weight of {name} with {list(shape)} entries"
             raise CompressError(what, str(original.folder), "pass the model that it was made from")
 
 
+class _Room:
+    """How many rows go through both models at once: half as many from where the device has no memory for them.
+
+    Attributes:
+        once: rows.
+        notes: what must be said of it.
+    """
+
+    def __init__(self, device: torch.device, seq: int) -> None:
+        self.once = 1
+        self.notes: list[str] = []
+        self._device, self._seq = device, seq
+
+    def within(self, work: Callable[[int], T]) -> T:
+        """What `work` makes of a number of rows; it runs anew with fewer. Raises CompressError for one too many."""
+        while True:
+            try:
+                return work(self.once)
+            except torch.OutOfMemoryError as error:
+                if self.once == 1:
+                    what = f"out of memory with one row of {self._seq} tokens at once"
+                    remedy = "use a shorter --seq-len, a device with more memory, or --device cpu"
+                    raise CompressError(what, str(self._device), remedy) from error
+            self.notes.append(f"out of memory with {self.once} rows at once: {self.once // 2} from there on")
+            self.once //= 2
+            gc.collect()  # only here is all that `work` made out of reach
+            torch.cuda.empty_cache()
+
+
 def _descend(
-    teacher: BlockModel, student: Student, tokens: Tensor, settings: Tuning, step: Step
+    teacher: BlockModel, student: Student, tokens: Tensor, settings: Tuning, room: _Room, step: Step
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], float, float]:
     """The factors of layers and the gains that were best on held-out rows, empty if no better than at first; and the
     divergence there before and after."""
@@ -202,15 +243,21 @@ def _descend(
         raise CompressError(f"{count} calibration rows: nothing is left to learn from", "--samples", "use 2 or more")
     seen, apart = tokens[: count - held], tokens[count - held :]
     vocabulary = int(teacher.model.get_input_embeddings().weight.shape[0])
-    once = max(1, _LOGITS // (seq * vocabulary * 4))
     tokens_a_step = _TOKENS if teacher.device.type == "cuda" else _TOKENS_CPU
     each = max(1, min(len(seen), tokens_a_step // seq))
+    room.once = max(1, min(each, _LOGITS // (seq * vocabulary * 4)))
     groups = [
         {"params": [x.factor for x in student.scaled.values()], "rate": settings.rate},
         {"params": list(student.gains.values()), "rate": settings.gain_rate},
     ]
-    optimizer = torch.optim.Adam([g for g in groups if g["params"] and g["rate"]], betas=_BETAS)
-    first = best = _divergence(teacher, student, apart, once)
+    moving = [g for g in groups if g["params"] and g["rate"]]
+    if not moving:
+        raise CompressError("its norms have no gains, and scales are held", "--rate 0", "leave it out")
+    optimizer = torch.optim.Adam(moving, betas=_BETAS, eps=1e-8 * _STRETCH)
+    first = best = room.within(partial(_divergence, teacher, student, apart))
+    if not math.isfinite(first):
+        what = f"its divergence from the original is {first} in {str(teacher.dtype).removeprefix('torch.')}"
+        raise CompressError(what, str(student.model.weights.folder), "use --dtype float32, or bfloat16")
     kept: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
     generator = torch.Generator().manual_seed(settings.seed)
     order: list[int] = []
@@ -221,19 +268,26 @@ def _descend(
         now, order = order[:each], order[each:]
         for group in optimizer.param_groups:
             group["lr"] = group["rate"] * (1 - i / settings.steps)
-        optimizer.zero_grad()
-        for part in torch.split(seen[now], once):
-            torch.autograd.backward([_loss(teacher, student, part).sum() / (each * seq)])
+        room.within(partial(_differentiate, teacher, student, seen[now], optimizer))
         optimizer.step()
         step(i + 1, settings.steps)
         if (i + 1) % every and i + 1 < settings.steps:
             continue
-        found = _divergence(teacher, student, apart, once)
+        found = room.within(partial(_divergence, teacher, student, apart))
         if found < best:
             best = found
             gains = {n: x.detach().clone() for n, x in student.gains.items()} if settings.gain_rate else {}
             kept = {n: x.factor.detach().clone() for n, x in student.scaled.items()}, gains
     return kept[0], student.changed(kept[1]), first, best
+
+
+def _differentiate(
+    teacher: BlockModel, student: Student, tokens: Tensor, optimizer: torch.optim.Optimizer, once: int
+) -> None:
+    """Leave `_STRETCH` times the gradient of the mean over some rows."""
+    optimizer.zero_grad()
+    for part in torch.split(tokens, once):
+        torch.autograd.backward([_loss(teacher, student, part).sum() * (_STRETCH / tokens.numel())])
 
 
 def _loss(teacher: BlockModel, student: Student, tokens: Tensor) -> Tensor:
@@ -268,7 +322,7 @@ def _words(done: Tuned, settings: Tuning, rows: Rows) -> str:
 
 def _finish(
     folder: Path, source: Path, done: Tuned, settings: Tuning, rows: Rows, records: list[dict[str, Any]],
-    hashes: dict[str, str],
+    changed: dict[str, str], hashes: dict[str, str],
 ) -> None:  # fmt: skip
     """The record and the card: what the source's said, and what was tuned."""
     from compress import __version__
@@ -276,8 +330,14 @@ def _finish(
     earlier = {k: v for k, v in (read_record(source) or {}).items() if k != "sha256"}
     old_card = source / "README.md"
     card = old_card.read_text(encoding="utf-8", errors="replace") if old_card.is_file() else ""
-    write_text(folder / "README.md", f"{card}\n## Tuned end to end\n\n{_words(done, settings, rows)}\n")
+    words = _words(done, settings, rows)
     said = {k: v for k, v in done.as_json().items() if k not in ("out", "proof")}
     proof = None if done.proof is None else vars(done.proof)
     tuned = said | {"settings": asdict(settings), "calibration": {"source": rows.source, "sha256": rows.sha256}}
-    seal(folder, {**earlier, "compress": __version__, "tuned": tuned, "verified": proof, "layers": records}, hashes)
+    if done.after < done.before and earlier.get("evaluation") is not None:  # of the file that this was made from
+        tuned["evaluation_before"], earlier["evaluation"] = earlier["evaluation"], None
+        words += " What is said above of its predictions was measured before that."
+    write_text(folder / "README.md", f"{card}\n## Tuned end to end\n\n{words}\n")
+    earlier["changed"] = sorted({*(earlier.get("changed") or ()), *changed})
+    record = {**earlier, "compress": __version__, "tuned": tuned, "verified": proof, "layers": records}
+    seal(folder, record, hashes)

@@ -1,6 +1,6 @@
 """How near to the original each quality comes, what it takes, and what each part is worth; AutoRound beside it.
 
-    python reports/frontier/run.py MODEL CALIB.txt EVAL.txt OUT [--other TEXT] [--only "PART;..."] [--seeds 0]
+    python reports/frontier/run.py MODEL CALIB.txt EVAL.txt OUT [--other TEXT] [--only "NAME;PART*;..."] [--seeds 0]
 
 Every setting is a recipe, made by the same call as the command line makes, in this process: seconds are those of load,
 calibration, solving, refining and packing, without imports. All are measured against MODEL on EVAL (and the other
@@ -17,10 +17,13 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
 GROUP = 64
+#: GPTQ without anything that came after its paper
+PUBLISHED = {"act_order": "none", "scale_search": False, "refit": False, "descent": 0}
 
 
 def gptq(bits: int, quality: str = "balanced", refine: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -44,6 +47,18 @@ def settings() -> dict[str, dict[str, Any]]:
         out[f"{bits} bits autoround"] = {"autoround": {"bits": bits, "iters": 200}}
         out[f"{bits} bits best, norms"] = gptq(bits, "best", {"norms": True})
         out[f"{bits} bits best, two blocks together"] = gptq(bits, "best", {"window": 2})
+        out[f"{bits} bits best, 200 steps, norms"] = gptq(bits, "best", {"steps": 200, "norms": True})
+        for group in (32, 128):
+            out[f"{bits} bits balanced, groups of {group}"] = gptq(bits, group_size=group)
+            out[f"{bits} bits best, groups of {group}"] = gptq(bits, "best", group_size=group)
+        out[f"{bits} bits balanced, asymmetric"] = gptq(bits, symmetric=False)
+        for quality in ("balanced", "best"):
+            out[f"{bits} bits {quality}, rotated"] = {**gptq(bits, quality), "rotate": {}}
+        for left, off in {"search": "scale_search", "refit": "refit"}.items():
+            out[f"{bits} bits best without {left}"] = gptq(bits, "best", **{off: False})
+        out[f"{bits} bits best without descent"] = gptq(bits, "best", descent=0)
+        out[f"{bits} bits best without act order"] = gptq(bits, "best", act_order="none")
+        out[f"{bits} bits best with scales as solved"] = gptq(bits, "best", {"scale_rate": 0.0})
         for quality in ("balanced", "best"):
             out[f"{bits} bits {quality}, tuned end to end"] = {**gptq(bits, quality), "tune": {}}
         out[f"{bits} bits best, 200 steps, tuned end to end"] = {**gptq(bits, "best", {"steps": 200}), "tune": {}}
@@ -58,6 +73,19 @@ def settings() -> dict[str, dict[str, Any]]:
         given = {"pattern": "2:4", "bits": 4, "group_size": GROUP, "quality": quality}
         out[f"2:4, 4 bits {quality}"] = {"steps": [{"sparsegpt": given}]}
         out[f"spqr 3 bits {quality}"] = {"steps": [{"spqr": {"quality": quality}}]}
+    apart = {"sparsegpt": {"pattern": "2:4", "refit": False}}, {"gptq": {"bits": 4, "group_size": GROUP} | PUBLISHED}
+    out["2:4, then 4 bits, both as published"] = {"steps": list(apart)}
+    eights: dict[str, dict[str, Any]] = {
+        "absmax": {"absmax": {"activations": "token"}},
+        "gptq": {"gptq": {"bits": 8, "activations": "token"}},
+    }
+    for alpha in (0.5, 0.8):
+        for edges in ("norm", "all"):
+            given = {"alpha": alpha, "edges": edges, "then": "gptq bits=8 activations=token"}
+            eights[f"smoothquant {alpha} {edges}, gptq"] = {"smoothquant": given}
+    for name, step in eights.items():
+        out[f"W8A8 {name}"] = {"steps": [step]}
+        out[f"W8A8 {name}, rotated"] = {"steps": [step], "rotate": {}}
     out["nf4 fast"], out["nf4 best"] = ({"steps": [{"nf4": {"quality": q}}]} for q in ("fast", "best"))
     return out
 
@@ -70,9 +98,11 @@ def ours(args: argparse.Namespace, name: str, recipe: dict[str, Any], out: Path,
     from compress.tuning import tune
     from compress.tuning.asked import Tuning
 
-    end_to_end = recipe.pop("tune", None)
+    recipe = dict(recipe)
+    end_to_end, rotation = recipe.pop("tune", None), recipe.pop("rotate", None)
+    model = args.model if rotation is None else rotated(args, seed)
     result = compress.run(
-        args.model, make_recipe(recipe, "frontier", name), out, calib=args.calib, samples=args.samples,
+        model, make_recipe(recipe, "frontier", name), out, calib=args.calib, samples=args.samples,
         seq_len=args.seq_len, seed=seed, device=args.device, no_eval=True, no_client=True, fresh=True,
     )  # fmt: skip
     tuned: dict[str, Any] = {}
@@ -85,15 +115,30 @@ def ours(args: argparse.Namespace, name: str, recipe: dict[str, Any], out: Path,
         out.rename(folder)
         found = tune.run(folder, api.find_model(args.model), asked, out, Tuning(**end_to_end, seed=seed), client=False)
         tuned = {"tuned": [found.before, found.after], "tuning_seconds": time.perf_counter() - begun}
+    weights = sum(r["shape"][0] * r["shape"][1] for r in result.records)
     refined = [r["figures"]["refined"] for r in result.records if "refined" in r["figures"]]
     return {
         "phases": result.seconds,
+        "bits": 8 * sum(r["bytes"] for r in result.records) / weights,
         **tuned,
         "seconds": sum(s for part, s in result.seconds.items() if part not in ("hash", "write", "verify"))
         + tuned.get("tuning_seconds", 0.0),
         "refined": sum(refined) / len(refined) if refined else None,
         "notes": result.notes,
     }
+
+
+def rotated(args: argparse.Namespace, seed: int) -> str:
+    """The model with rotations folded in, made once."""
+    from compress import api
+    from compress.rotation import rotate
+    from compress.rotation.asked import Rotation
+
+    out = Path(args.out) / f"rotated-{seed}"
+    if not out.exists():
+        device = api.find_device(args.device)
+        rotate.rotate(api.find_model(args.model), out, Rotation(seed=seed), client=False, device=device)
+    return str(out)
 
 
 def autoround(args: argparse.Namespace, given: dict[str, Any], out: Path, seed: int) -> dict[str, Any]:
@@ -200,7 +245,7 @@ def main() -> None:
     for name in ("model", "calib", "eval", "out"):
         parser.add_argument(name)
     parser.add_argument("--other", action="append", default=[])
-    parser.add_argument("--only", default="", help="parts of names, separated by semicolons")
+    parser.add_argument("--only", default="", help="names, with * and ?, separated by semicolons")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--samples", type=int, default=128)
     parser.add_argument("--seq-len", type=int, default=2048)
@@ -218,7 +263,7 @@ def main() -> None:
     )
     for seed in map(int, args.seeds.split(",")):
         for name, recipe in settings().items():
-            wanted = not args.only or any(part in name for part in args.only.split(";"))
+            wanted = not args.only or any(fnmatchcase(name, part) for part in args.only.split(";"))
             if not wanted or "failed" not in results["rows"].get(f"{name}/{seed}", {"failed": ""}):
                 continue
             results["rows"][f"{name}/{seed}"] = one(args, name, recipe, seed)

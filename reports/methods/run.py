@@ -109,7 +109,7 @@ def one(args: argparse.Namespace, source: Path, name: str, steps: list[str], tok
     options["no_client"] = True  # the result is scored below
     begun = time.perf_counter()
     try:
-        recipe = make_recipe({"steps": steps}, "methods", name)
+        recipe = make_recipe({"steps": steps}, "methods", name).settled(room=False)  # solvers, without refining
         result = compress.run(source, recipe, out, no_eval=True, **options)
         seconds = time.perf_counter() - begun
         score, dense = evaluate(

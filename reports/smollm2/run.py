@@ -28,9 +28,9 @@ from compress.evaluate.perplexity import evaluate
 from compress.weights import Weights
 
 MAIN: list[tuple[str, Any, dict[str, Any]]] = [
-    (f"{name} {bits} bits", cls(bits=bits, group_size=64), {})
+    (f"{name} {bits} bits", cls(bits=bits, group_size=64, quality=quality), {})
     for bits in (4, 3)
-    for name, cls in (("RTN", compress.RTN), ("GPTQ", compress.GPTQ))
+    for name, cls, quality in (("RTN", compress.RTN, "fast"), ("GPTQ", compress.GPTQ, "balanced"))
 ]
 PLAIN = {"scale_search": False, "refit": False, "descent": 0, "act_order": "none"}
 ABLATION: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
@@ -67,7 +67,8 @@ def main() -> None:
     lines += ["|---|---|---|---|---|---|"]
     cases = [(n, m, o) for n, m, o in MAIN]
     for bits in () if args.no_ablation else (4,) if args.quick else (4, 3):
-        cases += [(f"{bits} bits: {n}", compress.GPTQ(bits=bits, group_size=64, **s), o) for n, s, o in ABLATION]
+        plain = {"bits": bits, "group_size": 64, "quality": "balanced"}
+        cases += [(f"{bits} bits: {n}", compress.GPTQ(**plain, **s), o) for n, s, o in ABLATION]
     for name, method, extra in cases:
         record = one(args, name, method, {**options, **extra}, tokens, window)
         records.append(record)
@@ -101,8 +102,8 @@ def time_command(args: argparse.Namespace, rows: list[str]) -> list[str]:
     for note in ("first run of the process on this machine", "second run"):
         with tempfile.TemporaryDirectory() as scratch:
             command = [
-                "gptq", str(args.model), "--bits", "4", "--group-size", "64", "--calib", str(args.calib), "--no-eval",
-                "--json", "-o", f"{scratch}/out", *rows,
+                "gptq", str(args.model), "--bits", "4", "--group-size", "64", "--quality", "balanced",
+                "--calib", str(args.calib), "--no-eval", "--json", "-o", f"{scratch}/out", *rows,
             ]  # fmt: skip
             begun = time.perf_counter()
             done = subprocess.run(

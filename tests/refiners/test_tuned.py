@@ -15,7 +15,7 @@ from compress.passes.nf4 import NF4
 from compress.passes.rtn import RTN
 from compress.passes.sparsegpt import SparseGPT
 from compress.passes.spqr import SpQR
-from compress.refiners.tuned import Tuned, paces, tunable, tuned
+from compress.refiners.tuned import Tuned, paces, tunable, tuned, tuned_vector
 from compress.types import LayerStats, Packed, Pass
 
 ROWS, COLUMNS = 16, 72  # groups of 32 have a ragged end
@@ -161,3 +161,24 @@ def test_what_cannot_be_tuned() -> None:
     for method in (KMeans(bits=3), GPTQ(8, -1, activations="token"), Absmax()):
         packed = method.settle([COLUMNS])(weight, stats, torch.bfloat16).packed
         assert tunable(packed) == (method == Absmax() and not packed.storage.activations)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", PASSES)
+def test_what_is_kept_stays_while_the_layer_moves_on(name: str, dtype: torch.dtype) -> None:
+    packed, weight = solved(name, dtype)
+    layer = tuned(packed, weight)
+    step(layer, torch.randn(packed.shape, generator=torch.Generator().manual_seed(1)), 0.4, 0.02)
+    layer.keep()
+    kept = {n: t.clone() for n, t in parts(layer.packed()).items()}
+    step(layer, torch.randn(packed.shape, generator=torch.Generator().manual_seed(2)), 0.4, 0.02)
+    assert all(torch.equal(t, kept[n]) for n, t in parts(layer.packed()).items())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_the_gains_that_are_kept_stay(dtype: torch.dtype) -> None:
+    gain = torch.linspace(0.5, 1.5, 16).to(dtype)
+    before = gain.clone()
+    layer = tuned_vector(gain)
+    step(layer, torch.ones(16), 0.0, 0.1)
+    assert torch.equal(layer.packed().dequantize(), before)

@@ -13,11 +13,13 @@ import compress
 from compress import api, cli
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
+from compress.examine import examine
 from compress.passes.gptq import GPTQ
 from compress.passes.nf4 import NF4
 from compress.passes.rtn import RTN
 from compress.tuning import tune as tuning
 from compress.tuning.asked import Tuning
+from compress.tuning.whole import Student, load
 from compress.verify import check_hashes
 from compress.weights import Weights
 
@@ -126,6 +128,112 @@ def test_what_is_refused(toy: Path, packed: Path, text_file: Path, tmp_path: Pat
     ):
         with pytest.raises(CompressError, match=flag):
             Tuning(**settings)
+
+
+def quick(source: Path, original: Path, text_file: Path, out: Path, **given: Any) -> tuning.Tuned:
+    """A few steps on a few rows."""
+    options = compress.Options(calib=str(text_file), samples=8, seq_len=32, device="cpu")
+    return tuning.run(source, original, options, out, Tuning(**{"steps": 4, "looks": 2, **given}), client=False)
+
+
+def test_matrices_that_are_kept_transposed(tmp_path: Path, tokenizer: Any, make_model: Any, text_file: Path) -> None:
+    """GPT-2's, which its checkpoint has as [in, out] and a packed one as [out, in]."""
+    from transformers import GPT2Config
+
+    config = GPT2Config(vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=128)
+    source = make_model(config, tmp_path / "gpt2", tokenizer)
+    compress.run(source, RTN(3, 16), tmp_path / "packed", calib=str(text_file), format="native", **RUN)
+    done = quick(tmp_path / "packed", source, text_file, tmp_path / "out")
+    assert done.layers == 8
+    assert done.after <= done.before
+    assert done.proof is not None
+
+
+def test_its_record_is_of_the_new_file(toy: Path, text_file: Path, tmp_path: Path) -> None:
+    """Gains that were tuned are no damage to `compress verify`; what was measured before is not told of this file."""
+    run = {**RUN, "no_eval": False}
+    compress.run(toy, RTN(2, 32), tmp_path / "packed", calib=str(text_file), eval=str(text_file), **run)
+    done = quick(tmp_path / "packed", toy, text_file, tmp_path / "out", rate=0.01, gain_rate=0.01)
+    assert done.after < done.before
+    record = json.loads((tmp_path / "out" / "compress.json").read_text())
+    assert len(record["changed"]) == 8
+    assert record["evaluation"] is None
+    assert record["tuned"]["evaluation_before"]["compressed"]["perplexity"] > 1
+    assert any("other tensors" in line for line in examine(tmp_path / "out", toy, client=False))
+
+
+def test_fewer_rows_where_memory_is_short(
+    toy: Path, packed: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = quick(packed, toy, text_file, tmp_path / "expected")
+    real, most = tuning.Student.logits, [3]
+
+    def small(self: Any, tokens: torch.Tensor) -> torch.Tensor:
+        if len(tokens) > most[0]:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return real(self, tokens)
+
+    monkeypatch.setattr(tuning.Student, "logits", small)
+    done = quick(packed, toy, text_file, tmp_path / "out")
+    assert done.after == pytest.approx(expected.after, rel=1e-3)
+    assert done.notes[0] == "out of memory with 7 rows at once: 3 from there on"
+    most[0] = 0
+    with pytest.raises(CompressError, match="one row of 32 tokens"):
+        quick(packed, toy, text_file, tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+def test_predictions_that_are_no_numbers(
+    toy: Path, packed: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tuning.Student.logits
+    monkeypatch.setattr(tuning.Student, "logits", lambda self, tokens: real(self, tokens) * float("nan"))
+    with pytest.raises(CompressError, match="nan in float32"):
+        quick(packed, toy, text_file, tmp_path / "out")
+
+
+def test_float16_loses_no_gradient(toy: Path, packed: Path) -> None:
+    """Of a mean over as many tokens as a step has: nearly that of float32, none of them 0."""
+    cpu, found = torch.device("cpu"), []
+    tokens = torch.randint(300, (8, 32), generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.float16):
+        teacher = load(Weights(Checkpoint.open(toy)), dtype, cpu, False)
+        student = Student(load(Weights(Checkpoint.open(packed)), dtype, cpu, False))
+        optimizer = torch.optim.SGD([x.factor for x in student.scaled.values()])
+        real = tuning._loss(teacher, student, tokens)
+        assert torch.isfinite(real).all()
+        tuning._differentiate(teacher, student, tokens.repeat(64, 1), optimizer, 512)
+        slopes = [x.factor.grad.flatten() for x in student.scaled.values() if x.factor.grad is not None]
+        found.append(torch.cat(slopes) / tuning._STRETCH)
+    assert float(torch.cosine_similarity(found[0], found[1], 0)) > 0.9999
+
+
+def test_a_model_without_gains(tmp_path: Path, tokenizer: Any, make_model: Any, text_file: Path) -> None:
+    from transformers import OlmoConfig
+
+    config = OlmoConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=48
+    )
+    source = make_model(config, tmp_path / "olmo", tokenizer)
+    compress.run(source, RTN(3, 16), tmp_path / "packed", calib=str(text_file), **RUN)
+    assert quick(tmp_path / "packed", source, text_file, tmp_path / "out").packed == 14
+    with pytest.raises(CompressError, match="no gains"):
+        quick(tmp_path / "packed", source, text_file, tmp_path / "none", rate=0.0)
+
+
+def test_blocks_of_another_run_are_not_thrown_away(toy: Path, packed: Path, text_file: Path, tmp_path: Path) -> None:
+    """A run that was stopped left them where tuning would begin anew; its own are worth nothing."""
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "fingerprint.json").write_text('{"method": {}}')
+    (partial / "block-00000.json").write_text("{}")
+    with pytest.raises(CompressError, match="another run"):
+        quick(packed, toy, text_file, tmp_path / "out")
+    assert (partial / "block-00000.json").exists()
+    (partial / "fingerprint.json").write_text('{"tune": {}}')
+    quick(packed, toy, text_file, tmp_path / "out")
+    assert (tmp_path / "out" / "config.json").exists()
+    assert not partial.exists()
 
 
 @pytest.mark.gpu
