@@ -366,7 +366,8 @@ class BlockModel:
 
         with _forwards(self._blocks, [stand_in] * len(self._blocks)), contextlib.suppress(_Stop):
             self.model.base_model(input_ids=tokens, use_cache=False)
-        self._calls[tuple(tokens.shape)] = calls  # type: ignore[index]
+        rows, seq = tokens.shape
+        self._calls.setdefault((rows, seq), calls)  # the first remain: graphs read their tensors
         return seen
 
     @torch.no_grad()

@@ -285,6 +285,7 @@ class Activations:
             self._notes.append(f"out of device memory with {self.rows} rows at once: {self.rows // 2} from there on")
             self.rows //= 2
             gc.collect()  # only here is all that `work` made out of reach
+            self.replays.close()
             torch.cuda.empty_cache()
 
     def told(self) -> list[str]:

@@ -323,9 +323,6 @@ def _refine(
     def work() -> Refined:
         try:
             return refiner.refine(packed, weights, BlockTask(model, linears, flow, targets), first.number)
-        except RuntimeError:
-            flow.replays.close()  # all of its memory: what is tried again may have too little otherwise
-            raise
         finally:
             first.notes += flow.replays.rest()
 

@@ -27,7 +27,7 @@ import numpy
 import torch
 from torch import Tensor
 
-from compress.cuda.source import Kernel, options, text
+from compress.cuda.source import Kernel, checked, options, text
 from compress.cuda.support import driver_version, probe
 from compress.errors import CompressError
 
@@ -95,7 +95,7 @@ def _compile(kernel: Kernel, device: int) -> Function:
             raw = module.get_function(kernel.name)
             if support.shared > _BLOCK_SHARED:
                 raw.max_dynamic_shared_size_bytes = support.shared - raw.shared_size_bytes
-            return Function(kernel, device, raw, raw.kernel, early)
+            return Function(kernel, device, raw, raw.kernel, early and not checked())
     except CompileException as error:
         where = f"NVRTC {support.nvrtc} on {support.name}"
         raise _error(kernel, f"does not compile with {where}", error, "update CuPy and CUDA, or ") from error

@@ -3,6 +3,8 @@ model's layers take longer than the layers."""
 
 from __future__ import annotations
 
+import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -15,9 +17,6 @@ from compress.errors import CompressError
 _KEPT = 0.1
 #: what a block does in vain under a capture: it waits for the device, or does something else at each call
 _CANNOT = "cannot be captured as a CUDA graph"
-
-#: pools that cannot be let go
-_BROKEN: list[torch.cuda.MemPool] = []
 
 Work = Callable[..., None]
 _Shapes = tuple[tuple[torch.Size, torch.dtype], ...]
@@ -102,9 +101,11 @@ class _Room:
         return held / int(torch.cuda.get_device_properties(self.device).total_memory)
 
     def leave(self) -> None:
+        """Let the pool go; not while an error is passed on. That may be CUDA's last word, and torch ends the process
+        where a pool's memory cannot be freed: who is to see the error would see that instead."""
         self._keeper.reset()
-        if self.pool.use_count() > 1:  # by a capture that broke: torch would end the process if the pool went now
-            _BROKEN.append(self.pool)
+        if sys.exc_info()[0] is not None:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.pool))
 
 
 class Replayed:

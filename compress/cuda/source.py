@@ -82,17 +82,23 @@ def target(capability: tuple[int, int]) -> str:
     return "sm_{}{}{}".format(*capability, "a" if capability == (9, 0) else "")
 
 
+def checked() -> bool:
+    """Whether kernels are to be such that compute-sanitizer's racecheck can follow them: COMPRESS_RACECHECK=1 in the
+    environment. Lanes arrive for themselves then (kernels/ring.cuh), and no kernel begins before the one before it has
+    ended: racecheck takes what two of them do in shared memory for the work of one. All a little slower."""
+    return os.environ.get("COMPRESS_RACECHECK") == "1"
+
+
 def options(kernel: Kernel, capability: tuple[int, int]) -> tuple[str, ...]:
     """What the compiler is told.
 
     Denormal float32 numbers count as zero: CuPy asks for that whether we do or not, and what CI compiles must be the
-    same code. No --use_fast_math: division and square roots stay exact. COMPRESS_RACECHECK=1 in the environment makes
-    kernels that compute-sanitizer's racecheck can follow (kernels/ring.cuh), a little slower.
+    same code. No --use_fast_math: division and square roots stay exact.
 
     Args:
         capability: of the device, (8, 6).
     """
     assert capability == (9, 0) or not kernel.hopper, f"{kernel.title} is for sm_90a"
     macros = (f"-D{macro}={value}" for macro, value in kernel.defines)
-    followed = ("-DARRIVALS=32",) if os.environ.get("COMPRESS_RACECHECK") == "1" else ()
+    followed = ("-DARRIVALS=32",) if checked() else ()
     return ("--std=c++17", "-ftz=true", f"-arch={target(capability)}", *macros, *followed)

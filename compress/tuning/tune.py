@@ -13,7 +13,6 @@ import gc
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -33,7 +32,8 @@ from compress.options import Options
 from compress.output import assemble, read_record, seal
 from compress.tuning.asked import Tuning
 from compress.tuning.scaled import with_factor
-from compress.tuning.whole import Student, load, predicted
+from compress.tuning.slopes import Slopes
+from compress.tuning.whole import Student, load
 from compress.verify import Proof, digest, verify
 from compress.weights import Weights
 from compress.writer import write_text
@@ -147,13 +147,12 @@ def tune(
         if not student.scaled:
             what = "none of its layers has scales that can be tuned"
             raise CompressError(what, str(source.folder), "tune integer grids or tables without double quantisation")
-        room = _Room(device, rows.tokens.shape[1])
-        factors, gains, before, after = _descend(teacher, student, rows.tokens, settings, room, step)
+        found = _descend(teacher, student, rows.tokens, settings, step)
         del teacher  # its room is for the client, which loads the result whole
-        done = Tuned(out, form.name, len(student.scaled), len(source.packed), before, after, room.notes)
+        done = Tuned(out, form.name, len(student.scaled), len(source.packed), found.before, found.after, found.notes)
         if len(student.scaled) < len(source.packed):
             done.notes.append(f"{len(source.packed) - len(student.scaled)} packed layers stay as they are")
-        if after >= before:
+        if found.after >= found.before:
             done.notes.append("held-out rows bore nothing out: scales and gains stay as they were")
         blocks, scales = packed_blocks(student.model, source), stored_dtype(form, source)
         held: list[Held] = []
@@ -162,15 +161,15 @@ def tune(
             records = []
             for linear in block:
                 packed = source.read_packed(linear.name)
-                if linear.name in factors:
-                    packed = with_factor(packed, factors[linear.name])
+                if linear.name in found.factors:
+                    packed = with_factor(packed, found.factors[linear.name])
                 parts = {f"{linear.name}.{s}": t for s, t in form.pack(packed).items()}
                 tensors |= parts
                 records.append(_record(linear.name, linear.shape, parts, packed.dequantize()))
                 held.append(
                     Held(linear.name, linear.param.removesuffix(".weight"), linear.shape, packed.storage, scales)
                 )
-            mine = {n: gains[n].cpu() for n in student.gains_of(number) if n in gains}
+            mine = {n: found.gains[n].cpu() for n in student.gains_of(number) if n in found.gains}
             journal.add(number, tensors | mine, records, {n: digest(t) for n, t in mine.items()})
         own = any(x.own_forward for block in blocks for x in block)
         config = form.config(held, left_dense(student.model, held), own)
@@ -206,37 +205,48 @@ def _same_model(source: Weights, original: Weights) -> None:
 class _Room:
     """How many rows go through both models at once: half as many from where the device has no memory for them.
 
+    Args:
+        once: how many at first.
+
     Attributes:
-        once: rows.
         notes: what must be said of it.
     """
 
-    def __init__(self, device: torch.device, seq: int) -> None:
-        self.once = 1
+    def __init__(self, slopes: Slopes, once: int, seq: int) -> None:
         self.notes: list[str] = []
-        self._device, self._seq = device, seq
+        self._slopes, self._once, self._seq = slopes, once, seq
 
-    def within(self, work: Callable[[int], T]) -> T:
-        """What `work` makes of a number of rows; it runs anew with fewer. Raises CompressError for one too many."""
+    def within(self, work: Callable[[Slopes, Tensor, int], T], tokens: Tensor) -> T:
+        """What `work` makes of rows, so many at once; anew with fewer. Raises CompressError where one is too many."""
         while True:
             try:
-                return work(self.once)
+                return work(self._slopes, tokens, self._once)
             except torch.OutOfMemoryError as error:
-                if self.once == 1:
+                if self._once == 1:
                     what = f"out of memory with one row of {self._seq} tokens at once"
                     remedy = "use a shorter --seq-len, a device with more memory, or --device cpu"
-                    raise CompressError(what, str(self._device), remedy) from error
-            self.notes.append(f"out of memory with {self.once} rows at once: {self.once // 2} from there on")
-            self.once //= 2
+                    raise CompressError(what, str(self._slopes.sums[0].device), remedy) from error
+            self.notes.append(f"out of memory with {self._once} rows at once: {self._once // 2} from there on")
+            self._once //= 2
             gc.collect()  # only here is all that `work` made out of reach
+            self._slopes.drop()
             torch.cuda.empty_cache()
 
 
-def _descend(
-    teacher: BlockModel, student: Student, tokens: Tensor, settings: Tuning, room: _Room, step: Step
-) -> tuple[dict[str, Tensor], dict[str, Tensor], float, float]:
-    """The factors of layers and the gains that were best on held-out rows, empty if no better than at first; and the
-    divergence there before and after."""
+@dataclass(frozen=True)
+class _Found:
+    """The factors of layers and the gains that were best on held-out rows, none if no better than at first; the
+    divergence there before and after; and what must be said."""
+
+    factors: dict[str, Tensor]
+    gains: dict[str, Tensor]
+    before: float
+    after: float
+    notes: list[str]
+
+
+def _descend(teacher: BlockModel, student: Student, tokens: Tensor, settings: Tuning, step: Step) -> _Found:
+    """Tune on all rows but the last, which are held out."""
     count, seq = tokens.shape
     held = max(1, round(settings.held_out * count))
     if count - held < 1:
@@ -245,7 +255,6 @@ def _descend(
     vocabulary = int(teacher.model.get_input_embeddings().weight.shape[0])
     tokens_a_step = _TOKENS if teacher.device.type == "cuda" else _TOKENS_CPU
     each = max(1, min(len(seen), tokens_a_step // seq))
-    room.once = max(1, min(each, _LOGITS // (seq * vocabulary * 4)))
     groups = [
         {"params": [x.factor for x in student.scaled.values()], "rate": settings.rate},
         {"params": list(student.gains.values()), "rate": settings.gain_rate},
@@ -254,53 +263,52 @@ def _descend(
     if not moving:
         raise CompressError("its norms have no gains, and scales are held", "--rate 0", "leave it out")
     optimizer = torch.optim.Adam(moving, betas=_BETAS, eps=1e-8 * _STRETCH)
-    first = best = room.within(partial(_divergence, teacher, student, apart))
-    if not math.isfinite(first):
-        what = f"its divergence from the original is {first} in {str(teacher.dtype).removeprefix('torch.')}"
-        raise CompressError(what, str(student.model.weights.folder), "use --dtype float32, or bfloat16")
-    kept: tuple[dict[str, Tensor], dict[str, Tensor]] = {}, {}
-    generator = torch.Generator().manual_seed(settings.seed)
-    order: list[int] = []
-    every = max(1, settings.steps // settings.looks)
-    for i in range(settings.steps):
-        if len(order) < each:
-            order += torch.randperm(len(seen), generator=generator).tolist()
-        now, order = order[:each], order[each:]
-        for group in optimizer.param_groups:
-            group["lr"] = group["rate"] * (1 - i / settings.steps)
-        room.within(partial(_differentiate, teacher, student, seen[now], optimizer))
-        optimizer.step()
-        step(i + 1, settings.steps)
-        if (i + 1) % every and i + 1 < settings.steps:
-            continue
-        found = room.within(partial(_divergence, teacher, student, apart))
-        if found < best:
-            best = found
-            gains = {n: x.detach().clone() for n, x in student.gains.items()} if settings.gain_rate else {}
-            kept = {n: x.factor.detach().clone() for n, x in student.scaled.items()}, gains
-    return kept[0], student.changed(kept[1]), first, best
+    slopes = Slopes(teacher, student)
+    for factor, total in zip(student.factors, slopes.sums, strict=True):
+        factor.grad = total
+    room = _Room(slopes, max(1, min(each, _LOGITS // (seq * vocabulary * 4))), seq)
+    try:
+        first = best = room.within(_divergence, apart)
+        if not math.isfinite(first):
+            what = f"its divergence from the original is {first} in {str(teacher.dtype).removeprefix('torch.')}"
+            raise CompressError(what, str(student.model.weights.folder), "use --dtype float32, or bfloat16")
+        factors: dict[str, Tensor] = {}
+        gains: dict[str, Tensor] = {}
+        generator = torch.Generator().manual_seed(settings.seed)
+        order: list[int] = []
+        every = max(1, settings.steps // settings.looks)
+        for i in range(settings.steps):
+            if len(order) < each:
+                order += torch.randperm(len(seen), generator=generator).tolist()
+            now, order = order[:each], order[each:]
+            for group in optimizer.param_groups:
+                group["lr"] = group["rate"] * (1 - i / settings.steps)
+            room.within(_differentiate, seen[now])
+            optimizer.step()
+            step(i + 1, settings.steps)
+            if (i + 1) % every and i + 1 < settings.steps:
+                continue
+            found = room.within(_divergence, apart)
+            if found < best:
+                best = found
+                gains = {n: x.detach().clone() for n, x in student.gains.items()} if settings.gain_rate else {}
+                factors = {n: x.factor.detach().clone() for n, x in student.scaled.items()}
+    finally:
+        said = slopes.close()
+    return _Found(factors, student.changed(gains), first, best, room.notes + said)
 
 
-def _differentiate(
-    teacher: BlockModel, student: Student, tokens: Tensor, optimizer: torch.optim.Optimizer, once: int
-) -> None:
-    """Leave `_STRETCH` times the gradient of the mean over some rows."""
-    optimizer.zero_grad()
+def _differentiate(slopes: Slopes, tokens: Tensor, once: int) -> None:
+    """Leave `_STRETCH` times the gradient of the mean over some rows in `slopes.sums`."""
+    for total in slopes.sums:
+        total.zero_()
     for part in torch.split(tokens, once):
-        torch.autograd.backward([_loss(teacher, student, part).sum() * (_STRETCH / tokens.numel())])
+        slopes.add(part, _STRETCH / tokens.numel())
 
 
-def _loss(teacher: BlockModel, student: Student, tokens: Tensor) -> Tensor:
-    """[rows, seq]: divergence from the original's prediction, nats."""
-    wanted = predicted(teacher, tokens)
-    found = torch.log_softmax(student.logits(tokens).float(), -1)
-    return (wanted.exp() * (wanted - found)).sum(-1)
-
-
-@torch.no_grad()
-def _divergence(teacher: BlockModel, student: Student, tokens: Tensor, once: int) -> float:
+def _divergence(slopes: Slopes, tokens: Tensor, once: int) -> float:
     """Mean over some rows."""
-    return float(torch.cat([_loss(teacher, student, part) for part in torch.split(tokens, once)]).double().mean())
+    return float(torch.cat([slopes.divergence(part) for part in torch.split(tokens, once)]).double().mean())
 
 
 def _record(name: str, shape: Sequence[int], stored: dict[str, Tensor], dense: Tensor) -> dict[str, Any]:

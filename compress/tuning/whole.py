@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from compress.blocks import BlockModel, Linear
 from compress.errors import CompressError
@@ -26,15 +24,6 @@ def load(weights: Weights, dtype: torch.dtype, device: torch.device, trust_remot
         what = "the model does not fit beside the other one: end-to-end tuning needs both whole"
         raise CompressError(what, str(device), "use a device with more memory, or --device cpu") from error
     return model
-
-
-@torch.no_grad()
-def predicted(model: BlockModel, tokens: Tensor) -> Tensor:
-    """float32 log-probabilities [rows, seq, vocab] of a whole model."""
-    hidden = model.embed(tokens)
-    for block in range(len(model.block_names)):
-        hidden = model.run(block, hidden, (tokens.shape[0], tokens.shape[1]))
-    return torch.log_softmax(model.logits(hidden, tokens), -1)
 
 
 class Student:
@@ -65,17 +54,22 @@ class Student:
                 value = model.model.get_parameter(param)
                 self.gains[name] = torch.ones_like(value, dtype=torch.float32).requires_grad_()
 
-    def logits(self, tokens: Tensor) -> Tensor:
-        """[rows, seq, vocab], differentiable in all factors; a block's inner values are computed again for that."""
-        shape = (tokens.shape[0], tokens.shape[1])
-        with torch.no_grad():
-            hidden = self.model.embed(tokens)
-        for block in range(len(self.model.block_names)):
-            again: Any = checkpoint(self._block, block, hidden, shape, use_reentrant=False)
-            hidden = again
-        return self.model.predict(hidden, tokens)
+    @property
+    def factors(self) -> list[Tensor]:
+        """All factors, block by block."""
+        return [x for block in range(len(self.model.block_names)) for x in self.factors_of(block)]
 
-    def _block(self, block: int, hidden: Tensor, shape: tuple[int, int]) -> Tensor:
+    def factors_of(self, block: int) -> list[Tensor]:
+        """Those of a block's scales, then those of its gains."""
+        scales = [self.scaled[linear.name].factor for linear in self._linears[block]]
+        return scales + [self.gains[name] for name in self._vectors[block]]
+
+    def block(self, block: int, hidden: Tensor, shape: tuple[int, int]) -> Tensor:
+        """What leaves a block, differentiable in its factors and in what enters it.
+
+        Args:
+            shape: rows and tokens a row.
+        """
         weights = [(linear, self.scaled[linear.name].weight()) for linear in self._linears[block]]
         others = {param: self.gain(name) for name, param in self._vectors[block].items()}
         return self.model.output(block, hidden, shape, weights, others)

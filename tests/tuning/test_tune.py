@@ -19,6 +19,7 @@ from compress.passes.nf4 import NF4
 from compress.passes.rtn import RTN
 from compress.tuning import tune as tuning
 from compress.tuning.asked import Tuning
+from compress.tuning.slopes import Slopes
 from compress.tuning.whole import Student, load
 from compress.verify import check_hashes
 from compress.weights import Weights
@@ -166,14 +167,14 @@ def test_fewer_rows_where_memory_is_short(
     toy: Path, packed: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = quick(packed, toy, text_file, tmp_path / "expected")
-    real, most = tuning.Student.logits, [3]
+    real, most = Student.block, [3]
 
-    def small(self: Any, tokens: torch.Tensor) -> torch.Tensor:
-        if len(tokens) > most[0]:
+    def small(self: Any, block: int, hidden: torch.Tensor, shape: tuple[int, int]) -> torch.Tensor:
+        if shape[0] > most[0] and block == 1:
             raise torch.OutOfMemoryError("CUDA out of memory.")
-        return real(self, tokens)
+        return real(self, block, hidden, shape)
 
-    monkeypatch.setattr(tuning.Student, "logits", small)
+    monkeypatch.setattr(Student, "block", small)
     done = quick(packed, toy, text_file, tmp_path / "out")
     assert done.after == pytest.approx(expected.after, rel=1e-3)
     assert done.notes[0] == "out of memory with 7 rows at once: 3 from there on"
@@ -186,25 +187,55 @@ def test_fewer_rows_where_memory_is_short(
 def test_predictions_that_are_no_numbers(
     toy: Path, packed: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = tuning.Student.logits
-    monkeypatch.setattr(tuning.Student, "logits", lambda self, tokens: real(self, tokens) * float("nan"))
+    real = Student.block
+    monkeypatch.setattr(Student, "block", lambda self, *given: real(self, *given) * float("nan"))
     with pytest.raises(CompressError, match="nan in float32"):
         quick(packed, toy, text_file, tmp_path / "out")
 
 
+def slopes_of(toy: Path, packed: Path, dtype: torch.dtype) -> Slopes:
+    cpu = torch.device("cpu")
+    student = Student(load(Weights(Checkpoint.open(packed)), dtype, cpu, False))
+    return Slopes(load(Weights(Checkpoint.open(toy)), dtype, cpu, False), student)
+
+
+def test_gradients_are_those_of_the_whole_models(toy: Path, packed: Path) -> None:
+    """Piece by piece and block by block, as autograd finds them through everything at once."""
+    tokens = torch.randint(300, (5, 24), generator=torch.Generator().manual_seed(0))
+    slopes = slopes_of(toy, packed, torch.float32)
+    student, teacher, shape = slopes.student, slopes._teacher, (5, 24)
+    with torch.no_grad():
+        for factor in student.factors:
+            factor.mul_(1 + 0.05 * torch.randn(factor.shape, generator=torch.Generator().manual_seed(factor.numel())))
+    theirs, ours = teacher.embed(tokens), student.model.embed(tokens)
+    for block in range(len(teacher.block_names)):
+        theirs = teacher.run(block, theirs, shape)
+        ours = student.block(block, ours, shape)
+    wanted, found = (m.predict(h, tokens).log_softmax(-1) for m, h in ((teacher, theirs), (student.model, ours)))
+    off = torch.nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+    expected = torch.autograd.grad(off.sum(), student.factors)
+    assert torch.allclose(slopes.divergence(tokens), off, atol=1e-5)
+    for part in (tokens[:2], tokens[2:4], tokens[4:]):
+        slopes.add(part, 3.0)
+    assert len(slopes.sums) == len(expected) > 28
+    for total, slope in zip(slopes.sums, expected, strict=True):
+        assert float(slope.norm()) > 0
+        assert float((total / 3 - slope).norm() / slope.norm()) < 1e-4
+    slopes.drop()
+    assert not any(bool(total.any()) for total in slopes.sums)
+
+
 def test_float16_loses_no_gradient(toy: Path, packed: Path) -> None:
     """Of a mean over as many tokens as a step has: nearly that of float32, none of them 0."""
-    cpu, found = torch.device("cpu"), []
+    found = []
     tokens = torch.randint(300, (8, 32), generator=torch.Generator().manual_seed(0))
     for dtype in (torch.float32, torch.float16):
-        teacher = load(Weights(Checkpoint.open(toy)), dtype, cpu, False)
-        student = Student(load(Weights(Checkpoint.open(packed)), dtype, cpu, False))
-        optimizer = torch.optim.SGD([x.factor for x in student.scaled.values()])
-        real = tuning._loss(teacher, student, tokens)
-        assert torch.isfinite(real).all()
-        tuning._differentiate(teacher, student, tokens.repeat(64, 1), optimizer, 512)
-        slopes = [x.factor.grad.flatten() for x in student.scaled.values() if x.factor.grad is not None]
-        found.append(torch.cat(slopes) / tuning._STRETCH)
+        slopes = slopes_of(toy, packed, dtype)
+        assert torch.isfinite(slopes.divergence(tokens)).all()
+        tuning._differentiate(slopes, tokens.repeat(64, 1), 512)
+        mine = {id(x.factor) for x in slopes.student.scaled.values()}
+        sums = zip(slopes.student.factors, slopes.sums, strict=True)
+        found.append(torch.cat([total.flatten() for factor, total in sums if id(factor) in mine]) / tuning._STRETCH)
     assert float(torch.cosine_similarity(found[0], found[1], 0)) > 0.9999
 
 
