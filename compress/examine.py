@@ -50,6 +50,7 @@ def examine(
         found.append(f"files: {check_hashes(folder)} have the sha256 that compress.json lists")
     weights = Weights(Checkpoint.open(folder))
     original = None if against is None else Weights(Checkpoint.open(against))
+    turned = set() if original is None else _turned(original, trust_remote_code)
     distances: dict[str, float] = {}
     seen = 0
 
@@ -57,7 +58,7 @@ def examine(
         nonlocal seen
         refuse_infinite(dense, name)
         if original is not None:
-            distances[name] = _distance(original, name, dense)
+            distances[name] = _distance(original, name, dense, name in turned)
         seen += 1
         step(seen, len(weights.packed))
 
@@ -82,13 +83,19 @@ def examine(
     return found
 
 
-def _distance(original: Weights, name: str, dense: Tensor) -> float:
-    """Of a layer's weights from the original's, relative to their norm."""
+def _turned(original: Weights, trust_remote_code: bool) -> set[str]:
+    """The layers that a model keeps as [in, out]."""
+    model = BlockModel(original, torch.float32, torch.device("cpu"), trust_remote_code)
+    return {x.name for block in range(len(model.block_names)) for x in model.linears(block) if x.transposed}
+
+
+def _distance(original: Weights, name: str, dense: Tensor, turned: bool) -> float:
+    """Of a layer's weights from the original's, which may keep them as [in, out], relative to their norm."""
     if name + ".weight" not in original.shapes_cache():
         raise CompressError("the original has no such layer", name, "pass the model that this one was made from")
     before = original.read(name + ".weight").double()
-    if before.shape != dense.shape and before.shape == dense.shape[::-1]:
-        before = before.t()  # kept as [in, out]
+    if turned:
+        before = before.t()
     if before.shape != dense.shape:
         what = f"is {list(dense.shape)}, the original's is {list(before.shape)}"
         raise CompressError(what, name, "pass the model that this one was made from")

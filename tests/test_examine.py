@@ -266,3 +266,15 @@ def test_commands(written: Path, monkeypatch: Any, capsys: Any, extra: list[str]
         assert not stop.value.code, out
         if extra:
             json.loads(out)
+
+
+def test_square_matrices_that_the_original_keeps_transposed(tmp_path: Path, tokenizer: Any, make_model: Any) -> None:
+    """GPT-2's c_proj of attention: its shape does not tell."""
+    from transformers import GPT2Config
+
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64, "bos_token_id": 0, "eos_token_id": 0}
+    source = make_model(GPT2Config(vocab_size=len(tokenizer), **sizes), tmp_path / "gpt2", tokenizer)
+    told = {"device": "cpu", "no_eval": True, "no_client": True, "format": "gptq"}
+    compress.run(source, compress.RTN(8, 32), tmp_path / "out", **told)
+    (line,) = [x for x in examine(tmp_path / "out", source, client=False) if x.startswith("weights:")]
+    assert float(line.split("at most ")[1].split("%")[0]) < 1

@@ -1,0 +1,85 @@
+"""GPU tests under compute-sanitizer, some in each process, some processes at a time; only our kernels are looked at.
+
+    python reports/kernels/sanitize.py racecheck OUT.md [--each 8] [--together 4] [--seconds 600] [--only WORDS]
+
+With racecheck, kernels are compiled so that it can follow them (COMPRESS_RACECHECK=1). A process stops at its first
+failure, since after an error of CUDA's every later test of it fails; what it had not come to is counted as not run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "-m", "gpu", "--override-ini"]
+
+
+def kernels() -> list[str]:
+    """Names of our kernels: what follows each __global__ of the sources."""
+    text = "".join(path.read_text() for path in sorted(KERNELS.glob("*.cu")))
+    found = re.findall(r"__global__(.*?)\(\s*const", re.sub(r"__\w+__\([^()]*(\([^()]*\))?[^()]*\)", "", text), re.S)
+    return sorted({words.split()[-1] for words in found})
+
+
+def collected(only: str) -> list[str]:
+    """The GPU tests."""
+    listed = subprocess.run(
+        [*PYTEST, "addopts=--import-mode=importlib", "--collect-only", "-q", *(["-k", only] if only else []), "tests"],
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    return [line for line in listed.stdout.splitlines() if "::" in line]
+
+
+def run(tool: str, tests: list[str], log: Path, until: float) -> tuple[int, int, str]:
+    """Tests that passed, tests that were not run or failed, and what the sanitizer said."""
+    names = [word for name in kernels() for word in ("--kernel-name", f"kne={name}")]
+    tests_first = [*PYTEST, "addopts=--import-mode=importlib", "-x", "-v", *tests]
+    command = ["compute-sanitizer", "--tool", tool, *names, "--print-limit", "5", *tests_first]
+    env = os.environ | ({"COMPRESS_RACECHECK": "1"} if tool == "racecheck" else {})
+    with log.open("w") as out:
+        try:
+            seconds = max(1.0, until - time.monotonic())
+            subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, env=env, timeout=seconds, check=False)
+        except subprocess.TimeoutExpired:
+            out.write("\nno time was left\n")
+    text = log.read_text(errors="replace")
+    passed = len(re.findall(r"^.*PASSED", text, re.M))
+    summary = re.findall(r"(?:ERROR|RACECHECK) SUMMARY: (.*)", text)
+    said = re.findall(r"=+ (.*?(?:hardware exception|Race reported|Invalid __|Error: ).*)|(no time was left)", text)
+    first = re.findall(r"^(\S+::\S+) .*FAILED", text, re.M)
+    words = [*(s.strip() for pair in said[:3] for s in pair if s), *(f"first failed: {name}" for name in first[:1])]
+    return passed, len(tests) - passed, "; ".join([*summary[-1:], *words])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tool", choices=["racecheck", "memcheck", "synccheck", "initcheck"])
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--each", type=int, default=8, help="tests a process")
+    parser.add_argument("--together", type=int, default=4, help="processes at a time: each takes gigabytes of the card")
+    parser.add_argument("--seconds", type=float, default=600.0)
+    parser.add_argument("--only", default="", help="as pytest's -k")
+    args = parser.parse_args()
+    until = time.monotonic() + args.seconds
+    tests = collected(args.only)
+    groups = [tests[i : i + args.each] for i in range(0, len(tests), args.each)]
+    logs = args.out.with_suffix("")
+    logs.mkdir(parents=True, exist_ok=True)
+    with ThreadPoolExecutor(args.together) as pool:
+        found = list(pool.map(lambda i: run(args.tool, groups[i], logs / f"{i}.log", until), range(len(groups))))
+    lines = [f"{args.tool}: {sum(f[0] for f in found)} of {len(tests)} tests passed", ""]
+    lines += ["| from | passed | not | said |", "|---|---|---|---|"]
+    lines += [f"| {group[0]} | {f[0]} | {f[1]} | {f[2]} |" for group, f in zip(groups, found, strict=True)]
+    args.out.write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()
