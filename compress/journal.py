@@ -173,10 +173,12 @@ class Journal:
         changed: Mapping[str, str] | None = None,
         notes: Sequence[str] = (),
         rows: int | None = None,
+        seal: Callable[[], None] | None = None,
     ) -> None:
         """Write a finished block: tensors first, then the records that make it count.
 
         Args:
+            seal: fills in what `records` and `changed` still lack; called once the tensors are written.
             changed: sha256 of tensors that replace the source's without being packed, by name.
             notes: what the report must say of the block.
             rows: calibration rows that went through the block at once.
@@ -184,6 +186,8 @@ class Journal:
         if self._ready():
             self._tell()
         digest = save_tensors(self._file(block), tensors)
+        if seal is not None:
+            seal()
         value: dict[str, Any] = {
             "sha256": digest,
             "layers": records,

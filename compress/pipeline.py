@@ -239,8 +239,7 @@ def put_away(journal: Journal, opened: list[Block], flows: Flows, clock: Clock, 
 
 def write(journal: Journal, made: Block) -> None:
     """Write a finished block to the journal, from the host's copies. Runs in a thread, one block after another."""
-    made.seal()
-    journal.add(made.number, made.tensors, made.records, made.changed, made.notes, made.rows)
+    journal.add(made.number, made.tensors, made.records, made.changed, made.notes, made.rows, made.seal)
 
 
 def place_ahead(job: Job, plan: Plan) -> Lane:

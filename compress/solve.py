@@ -68,7 +68,7 @@ class Block:
         """Fill in the digests, once the tensors are on the host."""
         for record in self.records:
             record["sha256_dense"] = self.digests.pop(record["name"]).result()
-        self.changed = {name: digest(self.tensors[name]) for name in self.changed}
+        self.changed.update({name: digest(self.tensors[name]) for name in self.changed})
 
 
 @dataclass

@@ -7,6 +7,7 @@ import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -79,11 +80,25 @@ def verify(
     Raises:
         CompressError: the first difference.
     """
-    wrong_files(folder, hashes or {}, _AGAIN)
+    with ThreadPoolExecutor(1, "sha256") as beside:
+        files = beside.submit(wrong_files, folder, hashes or {}, _AGAIN)
+        try:
+            counts = _read_back(folder, records, source, trust_remote_code, changed or {}, owned, device)
+        except Exception:
+            files.result()  # that a file is not the one that was written says more than what was read from it
+            raise
+        files.result()
+    return Proof(*counts, len(hashes or {}))
+
+
+def _read_back(
+    folder: Path, records: Sequence[Mapping[str, Any]], source: Checkpoint, trust_remote_code: bool,
+    changed: Mapping[str, str], owned: Iterable[str] | None, device: torch.device,
+) -> tuple[int, int, int]:  # fmt: skip
+    """How many layers are the solver's, how many tensors the source's, how many parameters they fill."""
     written = Weights(Checkpoint.open(folder))
     layers(written, records, _AGAIN, device=device)
     model = BlockModel(written, torch.float32, torch.device("cpu"), trust_remote_code)
-    changed = changed or {}
     for name, sha in changed.items():
         if digest(written.checkpoint.read(name)) != sha:
             raise CompressError("the file does not hold what the transform made", name, _AGAIN)
@@ -101,7 +116,7 @@ def verify(
 
     largest = max((source.tensors[name].nbytes for name in copied), default=0)
     deque(in_order(check, copied, 3 * largest), maxlen=0)
-    return Proof(len(records), len(copied), sum(1 for _ in model.model.named_parameters()), len(hashes or {}))
+    return len(records), len(copied), sum(1 for _ in model.model.named_parameters())
 
 
 def wrong_files(folder: Path, hashes: Mapping[str, str], remedy: str) -> None:

@@ -77,6 +77,24 @@ def test_records_make_a_block_count(out: Path) -> None:
         assert journal.start(lambda: PRINT, fresh=False) == 1
 
 
+def test_records_are_sealed_beside_the_writing(out: Path) -> None:
+    """Digests are being worked out while tensors are written, and are asked for when those are on the disk."""
+    with Journal(out, overwrite=True) as journal:
+        journal.start(lambda: PRINT, fresh=False)
+        tensors, records = block(0)
+        changed = {"norm": ""}
+
+        def seal() -> None:
+            assert any(name.endswith(".safetensors") for name in names(journal.folder))
+            assert not any(name.startswith("block-") and name.endswith(".json") for name in names(journal.folder))
+            records[0]["sha256_dense"] = "ab"
+            changed["norm"] = "cd"
+
+        journal.add(0, tensors, records, changed, seal=seal)
+        assert journal.records(0)[0]["sha256_dense"] == "ab"
+        assert journal.everything(1)[1] == {"norm": "cd"}
+
+
 def test_a_half_written_block_does_not_count(out: Path) -> None:
     begin(out, 1)
     partial = out.with_name("out.partial")

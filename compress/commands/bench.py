@@ -134,7 +134,7 @@ def bench_quantise_command(
     blocks: Annotated[
         str, typer.Option(help="decoder blocks, 2,4: a model each, carried on to all; default: all")
     ] = "",
-    methods: Annotated[str, typer.Option(help="gptq-fast (no search, refit, descent),gptq,gptq-best,rtn,nf4,absmax")] = "all",
+    methods: Annotated[str, typer.Option(help="gptq-fast (the loop alone),gptq,gptq-best,rtn,nf4,absmax")] = "all",
     bits: Annotated[int, typer.Option(min=2, max=8, help="of integer grids")] = 4,
     group: Annotated[int | None, typer.Option(help="columns of a group; default: 128, 64 or 32 if it divides")] = None,
     samples: Annotated[int, typer.Option(min=1, help="calibration rows")] = 128,
