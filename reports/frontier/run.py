@@ -61,6 +61,7 @@ def settings() -> dict[str, dict[str, Any]]:
         out[f"{bits} bits best with scales as solved"] = gptq(bits, "best", {"scale_rate": 0.0})
         for quality in ("balanced", "best"):
             out[f"{bits} bits {quality}, tuned end to end"] = {**gptq(bits, quality), "tune": {}}
+            out[f"{bits} bits {quality}, tuned in 40 steps"] = {**gptq(bits, quality), "tune": {"steps": 40}}
         out[f"{bits} bits best, 200 steps, tuned end to end"] = {**gptq(bits, "best", {"steps": 200}), "tune": {}}
     for rate in (0.0035, 0.014):
         out[f"3 bits best, rate {rate:g}"] = gptq(3, "best", {"rate": rate})
