@@ -56,12 +56,18 @@ class Refine:
     )
     norms: bool = field(default=False, metadata={"help": "tune the gains of norms and the biases of the block, too"})
     window: int = field(default=1, metadata={"help": "neighbouring blocks that are refined together, 1 or more"})
-    looks: int = field(default=4, metadata={"help": "how often the held-out rows are looked at, evenly over the steps"})
+    looks: int | None = field(
+        default=None,
+        metadata={"help": "how often the held-out rows are looked at, evenly over the steps; default: 4, or each step"},
+    )
 
     def __post_init__(self) -> None:
         if self.rate is None:  # so steps in random directions lead equally far, however many there are
             object.__setattr__(self, "rate", round(_FAR / max(self.steps, 1) ** 0.5, 6))
+        if self.looks is None:
+            object.__setattr__(self, "looks", max(1, min(4, self.steps)))
         assert self.rate is not None
+        assert self.looks is not None
         for flag, value, low, high in (
             ("steps", self.steps, 1, 100_000), ("rate", self.rate, 0.0, 1.0), ("looks", self.looks, 1, self.steps),
             ("window", self.window, 1, 64),
@@ -117,6 +123,7 @@ class Refine:
         _write(moving, leaves)
         first = best = _error(leaves, task, last)
         assert self.rate is not None
+        assert self.looks is not None
         pace = paces(self.steps, self.rate, self.scale_rate, task.device)
         step = task.repeated(partial(_step, moving, leaves, task))
         every = max(1, self.steps // self.looks)

@@ -19,10 +19,16 @@ class Tuning:
     held_out: float = field(
         default=0.0625, metadata={"help": "share of the calibration rows that decides what is kept"}
     )
-    looks: int = field(default=5, metadata={"help": "how often the held-out rows are looked at, evenly over the steps"})
+    looks: int | None = field(
+        default=None,
+        metadata={"help": "how often the held-out rows are looked at, evenly over the steps; default: 5, or each step"},
+    )
     seed: int = field(default=0, metadata={"help": "seed of the calibration rows and of their order"})
 
     def __post_init__(self) -> None:
+        if self.looks is None:
+            object.__setattr__(self, "looks", max(1, min(5, self.steps)))  # frozen from here on
+        assert self.looks is not None
         for flag, value, low, high in (
             ("--steps", self.steps, 1, 100_000), ("--rate", self.rate, 0.0, 0.1), ("--seed", self.seed, 0, 2**31 - 1),
             ("--gain-rate", self.gain_rate, 0.0, 0.1), ("--held-out", self.held_out, 1e-4, 0.5),

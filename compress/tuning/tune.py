@@ -276,6 +276,7 @@ def _descend(teacher: BlockModel, student: Student, tokens: Tensor, settings: Tu
         gains: dict[str, Tensor] = {}
         generator = torch.Generator().manual_seed(settings.seed)
         order: list[int] = []
+        assert settings.looks is not None
         every = max(1, settings.steps // settings.looks)
         for i in range(settings.steps):
             if len(order) < each:
