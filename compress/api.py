@@ -79,7 +79,7 @@ def make_job(model: str, method: Pass | Transform | Recipe, options: Options, dr
         raise CompressError(f"{options.seed} is out of range", "--seed", "use 0 to 2^63 - 1")
     source = find_model(model, options.allow_pickle)
     device, dtype = find_device(options.device), find_dtype(options.dtype)
-    recipe = recipe.settled(room=device.type == "cuda" and not options.low_memory)
+    recipe = settled(recipe, device, options)
     if not dry:
         wake(device)
     name = BUNDLED if model == BUNDLED else os.path.basename(os.path.abspath(os.path.expanduser(model)))
@@ -120,6 +120,11 @@ def make_job(model: str, method: Pass | Transform | Recipe, options: Options, dr
         push_to=push_to,
         push_public=options.push_public,
     )
+
+
+def settled(recipe: Recipe, device: torch.device, options: Options) -> Recipe:
+    """A recipe as it is run: quality `auto` made out by what there is to run it on."""
+    return recipe.settled(room=device.type == "cuda" and not under(options, recipe.options).low_memory)
 
 
 def under(options: Options, given: Mapping[str, Any]) -> Options:

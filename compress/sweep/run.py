@@ -63,6 +63,9 @@ def run(sweep: Sweep, told: Told, progress: Progress = lambda status: None) -> d
     from compress.bench import record
     from compress.report import sweep as sweep_report
 
+    device = api.find_device(sweep.options.device)
+    made_out = [replace(s, recipe=api.settled(s.recipe, device, sweep.options)) for s in sweep.settings]
+    sweep = replace(sweep, settings=tuple(made_out))
     jobs, rows = _plan(sweep, told)
     _begin(sweep)
     together = _Together(sweep)
@@ -86,7 +89,6 @@ def run(sweep: Sweep, told: Told, progress: Progress = lambda status: None) -> d
             found = read_json(sweep.out / f"{setting.name}.json")
             rows[setting.name] |= found["model"]
             base = found["base"]
-    device = api.find_device(sweep.options.device)
     head = record.head(None if device.type == "cpu" else device.index or 0)
     report = {**head, "kind": "sweep", "model": sweep.model, "base": base, **_decided(sweep, list(rows.values()))}
     sweep_report.write(sweep.out / "sweep", report)
