@@ -85,7 +85,7 @@ def target(capability: tuple[int, int]) -> str:
 def checked() -> bool:
     """Whether kernels are to be such that compute-sanitizer's racecheck can follow them: COMPRESS_RACECHECK=1 in the
     environment. Lanes arrive for themselves then (kernels/ring.cuh), and no kernel begins before the one before it has
-    ended: racecheck takes what two of them do in shared memory for the work of one. All a little slower."""
+    ended, in case racecheck takes what two of them do in shared memory for the work of one. All a little slower."""
     return os.environ.get("COMPRESS_RACECHECK") == "1"
 
 

@@ -51,10 +51,11 @@ class Slopes:
         self._begin()
 
     def close(self) -> list[str]:
-        """Give memory back. Returns what must be said."""
+        """Give memory back; nothing more can be asked then. Returns what must be said."""
         notes = self._replays.rest()
         self._replays.close()
         self._states.clear()
+        del self._forth, self._back  # which hold this, and so both models
         return notes
 
     @torch.no_grad()

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +225,21 @@ def test_gradients_are_those_of_the_whole_models(toy: Path, packed: Path) -> Non
         assert float((total / 3 - slope).norm() / slope.norm()) < 1e-4
     slopes.drop()
     assert not any(bool(total.any()) for total in slopes.sums)
+
+
+def test_the_original_is_let_go_with_its_last_use(toy: Path, packed: Path) -> None:
+    """Its memory is for the client; a cycle would keep it until Python looks for cycles."""
+    slopes = slopes_of(toy, packed, torch.float32)
+    slopes.divergence(torch.zeros(1, 8, dtype=torch.int64))
+    teacher = weakref.ref(slopes._teacher)
+    slopes.close()
+    gc.collect()
+    gc.disable()
+    try:
+        del slopes
+        assert teacher() is None
+    finally:
+        gc.enable()
 
 
 def test_float16_loses_no_gradient(toy: Path, packed: Path) -> None:
