@@ -90,6 +90,7 @@ class _Room:
                     graph.capture_end()
                 except RuntimeError as found:
                     error = error or found
+                    _set_free(self.device)
         if error is not None:
             graph.reset()  # what is raised may be held for long, and the graph with it, and its pool
         return graph, error
@@ -106,6 +107,13 @@ class _Room:
         self._keeper.reset()
         if sys.exc_info()[0] is not None:
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(self.pool))
+
+
+def _set_free(device: torch.device) -> None:
+    """Random numbers again: torch takes the device's generator for one in a capture for good where a capture does not
+    end as it should, and whatever draws from it fails from then on. A copy draws what it would have drawn."""
+    numbers = torch.cuda.default_generators[torch.cuda.current_device() if device.index is None else device.index]
+    numbers.graphsafe_set_state(numbers.clone_state())
 
 
 class Replayed:

@@ -40,6 +40,7 @@ def settings() -> dict[str, dict[str, Any]]:
             out[f"{bits} bits {quality}"] = gptq(bits, quality)
         out[f"{bits} bits best, 200 steps"] = gptq(bits, "best", {"steps": 200})
         out[f"{bits} bits best, 50 steps"] = gptq(bits, "best", {"steps": 50})
+        out[f"{bits} bits best, 400 steps"] = gptq(bits, "best", {"steps": 400})
         out[f"{bits} bits best, asymmetric"] = gptq(bits, "best", symmetric=False)
         out[f"{bits} bits balanced, past"] = gptq(bits, correct_past=True)
         out[f"{bits} bits best, past"] = gptq(bits, "best", correct_past=True)
@@ -62,6 +63,10 @@ def settings() -> dict[str, dict[str, Any]]:
         for quality in ("balanced", "best"):
             out[f"{bits} bits {quality}, tuned end to end"] = {**gptq(bits, quality), "tune": {}}
             out[f"{bits} bits {quality}, tuned in 40 steps"] = {**gptq(bits, quality), "tune": {"steps": 40}}
+        out[f"{bits} bits best, 200 steps, tuned in 40 steps"] = {
+            **gptq(bits, "best", {"steps": 200}),
+            "tune": {"steps": 40},
+        }
         out[f"{bits} bits best, 200 steps, tuned end to end"] = {**gptq(bits, "best", {"steps": 200}), "tune": {}}
     for rate in (0.0035, 0.014):
         out[f"3 bits best, rate {rate:g}"] = gptq(3, "best", {"rate": rate})
