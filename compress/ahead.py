@@ -318,19 +318,20 @@ class Begun(Generic[T]):
         return self._result.result()
 
 
-def in_order(work: Callable[[S], T], things: Iterable[S], each: int = 0) -> Iterator[T]:
+def in_order(work: Callable[[S], T], things: Iterable[S], each: int = 0, most: int = 16) -> Iterator[T]:
     """What `work` makes of each thing, in their order; what it raises for one is raised when that one's turn comes.
 
     Threads share out the processors, and torch's operators in each of them its own part.
 
     Args:
         each: bytes of host memory that the work on one thing takes at most; a quarter of what is free is used.
+        most: threads.
     """
     import psutil
 
     cores = os.cpu_count() or 1
     fit = psutil.virtual_memory().available // 4 // max(each, 1)
-    threads = int(max(1, min(cores, 16, fit)))
+    threads = int(max(1, min(cores, most, fit)))
     before = torch.get_num_threads()
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads, "in-order", partial(torch.set_num_threads, max(1, before // threads))) as pool:

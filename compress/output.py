@@ -55,22 +55,30 @@ def assemble(
         large = sum(stored.nbytes for _, stored in every) >= LARGE_BYTES
         hashes = write_shards(folder, every, SHARD_BYTES, written if large else ())
     carry_over(source.folder, folder)
-    plain = {k: v for k, v in source.config.items() if k != "quantization_config"}
-    # a GGUF file says itself how its tensors are quantised; told in config.json, transformers would look for a
-    # quantiser and not for the file
-    named = format.quantised and format.container == "safetensors"
-    declared = {"quantization_config": quantization} if named else {}
-    write_json(folder / "config.json", {**plain, **declared})
+    write_json(folder / "config.json", config_of(format, quantization, source))
     for name, value in format.files(quantization).items():
         write_json(folder / name, value)
     return hashes
 
 
+def config_of(format: Format, quantization: Mapping[str, Any], source: Checkpoint) -> dict[str, Any]:
+    """The new config.json."""
+    plain = {k: v for k, v in source.config.items() if k != "quantization_config"}
+    # a GGUF file says itself how its tensors are quantised; told in config.json, transformers would look for a
+    # quantiser and not for the file
+    named = format.quantised and format.container == "safetensors"
+    return {**plain, **({"quantization_config": quantization} if named else {})}
+
+
+def written_once(out: Path, format: Format, nbytes: int) -> bool:
+    """Whether the blocks of a checkpoint of `nbytes` are its shards as they are written."""
+    parent = next(folder for folder in out.absolute().parents if folder.exists())
+    return format.container == "safetensors" and nbytes >= LARGE_BYTES and has_links(parent)
+
+
 def room_needed(out: Path, format: Format, nbytes: int) -> int:
     """Bytes of disk that a checkpoint of `nbytes` takes until it is finished: twice that where it is written twice."""
-    parent = next(folder for folder in out.absolute().parents if folder.exists())
-    once = format.container == "safetensors" and nbytes >= LARGE_BYTES and has_links(parent)
-    return (1 if once else 2) * nbytes
+    return (1 if written_once(out, format, nbytes) else 2) * nbytes
 
 
 def tensors(

@@ -18,6 +18,7 @@ from compress.ahead import Begun, Here, Lane, Outbox, lane_to
 from compress.asking import ask
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
+from compress.early import Early
 from compress.errors import CompressError
 from compress.evaluate.perplexity import evaluate
 from compress.evaluate.texts import sizes_of
@@ -27,12 +28,12 @@ from compress.hidden import Activations
 from compress.hub import push
 from compress.job import Clock, Job, Progress, Result, Status
 from compress.journal import Journal, check_output
-from compress.output import assemble, room_needed
+from compress.output import assemble, config_of, room_needed, written_once
 from compress.plan import Plan
 from compress.report import finish
 from compress.solve import Block, close_blocks, compress_block, survey_model, window
 from compress.types import moved
-from compress.verify import Proof, verify
+from compress.verify import Proof, Seen, verify
 from compress.weights import Weights
 from compress.writer import write_text
 
@@ -106,6 +107,9 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
     with (
         Journal(job.out, job.overwrite, job.source) as journal,
         Begun(weights.checkpoint.fingerprint, clock.beside, "hash") as sources,
+        Early(
+            config_of(plan.format, plan.quantization_config(), weights.checkpoint), job.device, clock.beside
+        ) as early,
     ):
         earlier = {} if job.fresh else journal.earlier()
         flows = start_flows(model, plan, job, journal.folder, earlier.get("batch_rows"))
@@ -117,7 +121,7 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
                 done = window(model, plan, done).start
         with flows:
             try:
-                room = compress_blocks(job, model, plan, flows, journal, done, clock, progress)
+                room = compress_blocks(job, model, plan, flows, journal, early, done, clock, progress)
             finally:  # whatever stops the run
                 with clock("hash"):
                     journal.settle()
@@ -129,7 +133,10 @@ def compress_checkpoint(job: Job, progress: Progress = lambda status: None) -> R
             config = plan.quantization_config()
             hashes = assemble(journal.final, plan.format, config, weights.checkpoint, plan.owners(), stored, files)
         with clock("verify"):
-            proof = prove(job, journal.final, records, weights.checkpoint, changed, hashes) if job.verify else None
+            seen = early.seen()
+            proof = (
+                prove(job, journal.final, records, weights.checkpoint, changed, hashes, seen) if job.verify else None
+            )
         score = original = None
         if job.text is not None:
             with clock("evaluate"):
@@ -166,20 +173,22 @@ def compress_blocks(
     plan: Plan,
     flows: Flows,
     journal: Journal,
+    early: Early,
     done: int,
     clock: Clock,
     progress: Progress,
 ) -> dict[str, Any]:
     """Compress every block that is not among the first `done`, one at a time, into the journal.
 
-    While a block is worked on, the tensors of the next one are read, and what is finished of the one before is written.
-    Blocks that are refined together stay loaded until the last of them is solved.
+    While a block is worked on, the tensors of the next one are read, and what is finished of those before is written,
+    and on a GPU read back. Blocks that are refined together stay loaded until the last of them is solved.
 
     Returns:
         where what was kept, for the report.
     """
     total, layers, flow = len(plan.blocks), 0, flows.compressed
     waiting = place_ahead(job, plan)
+    reading_back = early if reads_early(job, plan, waiting) else None
     for rows in filter(None, (flow, flows.original)):
         with clock("forward"):
             rows.enter()
@@ -190,6 +199,7 @@ def compress_blocks(
         for block, linears in enumerate(plan.blocks):
             if block in needed:
                 outbox.check()
+                early.check()
                 with clock("load"):
                     model.load(block, ahead.take(block))
                 together = window(model, plan, block) if block >= done else range(block, block + 1)
@@ -210,7 +220,7 @@ def compress_blocks(
                         flows.step_inside(block, together)
                 else:
                     close_blocks(model, plan, opened, flow, flows.original, clock, outbox)
-                    put_away(journal, opened, flows, clock, outbox)
+                    put_away(journal, opened, flows, clock, outbox, reading_back)
                     for passed in together:
                         if flow is not None and passed + 1 < total:
                             with clock("forward"):
@@ -227,25 +237,35 @@ def compress_blocks(
     return room
 
 
-def put_away(journal: Journal, opened: list[Block], flows: Flows, clock: Clock, outbox: Outbox) -> None:
+def put_away(
+    journal: Journal, opened: list[Block], flows: Flows, clock: Clock, outbox: Outbox, early: Early | None
+) -> None:
     """Let finished blocks be written, in order; the list is empty then."""
     while opened:
         made = opened.pop(0)
         made.rows, notes = flows.told()
         made.notes += notes
         with clock("write"):
-            outbox.put("write", partial(write, journal, made))
+            outbox.put("write", partial(write, journal, made, early))
 
 
-def write(journal: Journal, made: Block) -> None:
+def write(journal: Journal, made: Block, early: Early | None) -> None:
     """Write a finished block to the journal, from the host's copies. Runs in a thread, one block after another."""
     journal.add(made.number, made.tensors, made.records, made.changed, made.notes, made.rows, made.seal)
+    if early is not None:
+        early.add(*journal.written(made.number), made.records)
 
 
 def place_ahead(job: Job, plan: Plan) -> Lane:
     """Where the next block's tensors wait while one is worked on: on the device, if it has plenty of room."""
     roomy = not job.low_memory and SLACK * plan.device_bytes < hidden.free_memory(job.device)
     return lane_to(job.device) if roomy else Here()
+
+
+def reads_early(job: Job, plan: Plan, waiting: Lane) -> bool:
+    """Whether blocks are read back while later ones are worked on: on a GPU that has the room for it."""
+    roomy = waiting.device.type != "cpu"
+    return job.verify and roomy and written_once(job.out, plan.format, plan.bytes_after)
 
 
 def prove(
@@ -255,9 +275,10 @@ def prove(
     source: Checkpoint,
     changed: dict[str, str],
     hashes: dict[str, str],
+    seen: Seen,
 ) -> Proof:
     """Read the written folder back, and load it through its client. Raises CompressError for the first difference."""
-    proof = verify(folder, records, source, job.trust_remote_code, changed, hashes=hashes, device=job.device)
+    proof = verify(folder, records, source, job.trust_remote_code, changed, hashes=hashes, device=job.device, seen=seen)
     if not job.client:
         return proof
     text = None if job.text is None else job.text.tokens

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
-import threading
+import queue
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +54,40 @@ class Proof:
     clients: Sequence[str] = ()
 
 
+@dataclass(frozen=True)
+class Seen:
+    """Files that were read back before the folder was whole, see `compress.early`.
+
+    Attributes:
+        config: config.json with which their layers were unpacked.
+        layers: names of the layers in each, by `state_of` the file.
+    """
+
+    config: Mapping[str, Any]
+    layers: Mapping[tuple[int, ...], frozenset[str]]
+
+    def of(self, written: Weights, hashes: Mapping[str, str]) -> tuple[set[str], set[str]]:
+        """The files of a folder, among `hashes`, and the layers in them that need not be read again."""
+        if written.checkpoint.config != json.loads(json.dumps(self.config)):
+            return set(), set()
+        here = {file: self.layers.get(state_of(file)) for file in written.checkpoint.files() if file.name in hashes}
+        found = {file: names for file, names in here.items() if names is not None}
+        tensors = written.checkpoint.tensors
+        layers = {
+            name
+            for file, names in found.items()
+            for name in names
+            if all(n in tensors and tensors[n].file == file for n in written.stored(f"{name}.weight"))
+        }
+        return {file.name for file in found}, layers
+
+
+def state_of(file: Path) -> tuple[int, ...]:
+    """What stays as it is while a file does, by whatever name: device, inode, size, time of the last change."""
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def digest(dense: Tensor) -> str:
     """sha256 of a dequantised weight's bytes."""
     return hashlib.sha256(tensor_bytes(dense.cpu())).hexdigest()
@@ -66,6 +102,7 @@ def verify(
     owned: Iterable[str] | None = None,
     hashes: Mapping[str, str] | None = None,
     device: torch.device = _CPU,
+    seen: Seen | None = None,
 ) -> Proof:
     """Re-read a folder and compare.
 
@@ -76,14 +113,18 @@ def verify(
         owned: tensors of the source that were packed anew; by default the weights of the layers in `records`.
         hashes: sha256 of the weight files as they were written, by name.
         device: where layers are unpacked and dequantised.
+        seen: what was read back before.
 
     Raises:
         CompressError: the first difference.
     """
+    written = Weights(Checkpoint.open(folder))
+    known, ready = (set(), set()) if seen is None else seen.of(written, hashes or {})
+    rest = {name: sha for name, sha in (hashes or {}).items() if name not in known}
     with ThreadPoolExecutor(1, "sha256") as beside:
-        files = beside.submit(wrong_files, folder, hashes or {}, _AGAIN)
+        files = beside.submit(wrong_files, folder, rest, _AGAIN)
         try:
-            counts = _read_back(folder, records, source, trust_remote_code, changed or {}, owned, device)
+            counts = _read_back(written, records, source, trust_remote_code, changed or {}, owned, device, ready)
         except Exception:
             files.result()  # that a file is not the one that was written says more than what was read from it
             raise
@@ -92,12 +133,11 @@ def verify(
 
 
 def _read_back(
-    folder: Path, records: Sequence[Mapping[str, Any]], source: Checkpoint, trust_remote_code: bool,
-    changed: Mapping[str, str], owned: Iterable[str] | None, device: torch.device,
+    written: Weights, records: Sequence[Mapping[str, Any]], source: Checkpoint, trust_remote_code: bool,
+    changed: Mapping[str, str], owned: Iterable[str] | None, device: torch.device, ready: Container[str],
 ) -> tuple[int, int, int]:  # fmt: skip
     """How many layers are the solver's, how many tensors the source's, how many parameters they fill."""
-    written = Weights(Checkpoint.open(folder))
-    layers(written, records, _AGAIN, device=device)
+    layers(written, records, device=device, ready=ready)
     model = BlockModel(written, torch.float32, torch.device("cpu"), trust_remote_code)
     for name, sha in changed.items():
         if digest(written.checkpoint.read(name)) != sha:
@@ -119,7 +159,7 @@ def _read_back(
     return len(records), len(copied), sum(1 for _ in model.model.named_parameters())
 
 
-def wrong_files(folder: Path, hashes: Mapping[str, str], remedy: str) -> None:
+def wrong_files(folder: Path, hashes: Mapping[str, str], remedy: str = _AGAIN) -> None:
     """Raise CompressError for the first file that is missing or does not have the sha256 that is listed."""
     missing = [name for name in hashes if not (folder / name).is_file()]
     if missing:
@@ -133,33 +173,43 @@ def wrong_files(folder: Path, hashes: Mapping[str, str], remedy: str) -> None:
 def layers(
     written: Weights,
     records: Sequence[Mapping[str, Any]],
-    remedy: str,
+    remedy: str = _AGAIN,
     seen: Callable[[str, Tensor], None] | None = None,
     device: torch.device = _CPU,
+    ready: Container[str] = (),
+    most: int = 16,
 ) -> None:
     """Raise CompressError unless the packed layers are those recorded and dequantise to what was recorded.
 
     Args:
         seen: given each layer's name and dequantised weight [out, in], on the host.
         device: where they are unpacked and dequantised, a few at once; one that has no room there, on the CPU.
+        ready: layers that were read before.
+        most: threads.
     """
     expected = {str(r["name"]): r for r in records}
     if written.format_name is not None and written.packed != set(expected):
         wrong = sorted(written.packed ^ set(expected))[0]
         raise CompressError("packed in the files or in the records, not in both", wrong, remedy)
 
-    lane, room = lane_to(device), threading.Semaphore(_AT_ONCE)
+    lane = lane_to(device)
+    places: queue.SimpleQueue[Any] = queue.SimpleQueue()
+    for _ in range(_AT_ONCE):  # streams of their own: a run may be at work in torch's
+        places.put(torch.cuda.Stream(device) if device.type == "cuda" else None)  # type: ignore[no-untyped-call]
 
     def read(name: str) -> Tensor:
         if device.type == "cpu":
             return written.read(name)
+        place = places.get()
         try:
-            with room:
+            with nullcontext() if place is None else torch.cuda.stream(place):
                 dense = lane.down(written.read(name, device))
                 mark = lane.mark()
-            mark.synchronize()
         except torch.OutOfMemoryError:
-            dense = written.read(name)
+            return written.read(name)
+        finally:
+            places.put(place)
+        mark.synchronize()
         return dense
 
     def check(name: str) -> tuple[str, Tensor | None]:
@@ -170,8 +220,9 @@ def layers(
             raise CompressError("the file does not dequantise to what the solver returned", name, remedy)
         return name, None if seen is None else dense
 
-    largest = max((math.prod(written.shapes_cache()[f"{name}.weight"]) for name in expected), default=0)
-    for name, dense in in_order(check, expected, _UNPACKING * largest):
+    asked = [name for name in expected if name not in ready]
+    largest = max((math.prod(written.shapes_cache()[f"{name}.weight"]) for name in asked), default=0)
+    for name, dense in in_order(check, asked, _UNPACKING * largest, most):
         if seen is not None and dense is not None:
             seen(name, dense)
 

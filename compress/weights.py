@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -42,12 +42,15 @@ def _fitting(where: object) -> Iterator[None]:
 class Weights:
     """Names, shapes and dense values of a checkpoint, whatever its format.
 
+    Args:
+        part: of a checkpoint that is not whole, the packed layers that are there.
+
     Attributes:
         checkpoint: the folder.
         packed: names (without ".weight") of the layers that are stored packed.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, part: Iterable[str] | None = None) -> None:
         self.checkpoint = checkpoint
         self.packed: set[str] = set()
         self._shapes: dict[str, tuple[int, ...]] | None = None
@@ -57,7 +60,7 @@ class Weights:
         if found is not None:
             self._format, self._config = found
             with _fitting(checkpoint.folder / "config.json"):
-                self.packed = self._format.layers(checkpoint.tensors, self._config)
+                self.packed = self._format.layers(checkpoint.tensors, self._config) if part is None else set(part)
                 if isinstance(self._format, Describing):
                     stored = {n: t.shape for n, t in checkpoint.tensors.items()}
                     self._config = self._format.described(self._config, sorted(self.packed), stored, checkpoint.read)

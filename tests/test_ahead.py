@@ -359,9 +359,9 @@ def test_a_run_reads_and_writes_beside_its_solver(
         read.wait_for(block + 1)
         return solving(model, plan, block, *rest)
 
-    def slow_write(journal: Any, made: Any) -> None:
+    def slow_write(journal: Any, made: Any, early: Any) -> None:
         solved.wait_for(made.number + 1)
-        writing(journal, made)
+        writing(journal, made, early)
 
     monkeypatch.setattr(Checkpoint, "read", slow_read)
     monkeypatch.setattr(pipeline, "compress_block", slow_solve)

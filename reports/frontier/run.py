@@ -39,8 +39,10 @@ def settings() -> dict[str, dict[str, Any]]:
         for quality in ("fast", "balanced", "best"):
             out[f"{bits} bits {quality}"] = gptq(bits, quality)
         out[f"{bits} bits best, 200 steps"] = gptq(bits, "best", {"steps": 200})
-        out[f"{bits} bits best, 50 steps"] = gptq(bits, "best", {"steps": 50})
-        out[f"{bits} bits best, 400 steps"] = gptq(bits, "best", {"steps": 400})
+        for steps in (10, 20, 50, 400):
+            out[f"{bits} bits best, {steps} steps"] = gptq(bits, "best", {"steps": steps})
+        for sweeps in (2, 4):
+            out[f"{bits} bits balanced, {sweeps} sweeps"] = gptq(bits, descent=sweeps)
         out[f"{bits} bits best, asymmetric"] = gptq(bits, "best", symmetric=False)
         out[f"{bits} bits balanced, past"] = gptq(bits, correct_past=True)
         out[f"{bits} bits best, past"] = gptq(bits, "best", correct_past=True)
