@@ -318,20 +318,23 @@ class Begun(Generic[T]):
         return self._result.result()
 
 
-def in_order(work: Callable[[S], T], things: Iterable[S], each: int = 0, most: int = 16) -> Iterator[T]:
+def threads_for(each: int, most: int = 16) -> int:
+    """How many threads may do what takes `each` bytes of host memory at most: a quarter of what is free is used."""
+    import psutil
+
+    fit = psutil.virtual_memory().available // 4 // max(each, 1)
+    return int(max(1, min(os.cpu_count() or 1, most, fit)))
+
+
+def in_order(work: Callable[[S], T], things: Iterable[S], each: int = 0) -> Iterator[T]:
     """What `work` makes of each thing, in their order; what it raises for one is raised when that one's turn comes.
 
     Threads share out the processors, and torch's operators in each of them its own part.
 
     Args:
-        each: bytes of host memory that the work on one thing takes at most; a quarter of what is free is used.
-        most: threads.
+        each: see `threads_for`.
     """
-    import psutil
-
-    cores = os.cpu_count() or 1
-    fit = psutil.virtual_memory().available // 4 // max(each, 1)
-    threads = int(max(1, min(cores, most, fit)))
+    threads = threads_for(each)
     before = torch.get_num_threads()
     waiting: deque[Future[T]] = deque()
     with ThreadPoolExecutor(threads, "in-order", partial(torch.set_num_threads, max(1, before // threads))) as pool:

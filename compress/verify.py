@@ -9,7 +9,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from compress.hashes import hash_files
 from compress.output import RECORD, WEIGHT_FILES, read_record
 from compress.weights import Weights
 
-#: bytes that a weight takes at most while it is unpacked and dequantised
+#: bytes that a number of a layer takes at most while it is unpacked and dequantised
 _UNPACKING = 16
 #: layers that are unpacked on a GPU at the same time
 _AT_ONCE = 2
@@ -137,7 +137,7 @@ def _read_back(
     changed: Mapping[str, str], owned: Iterable[str] | None, device: torch.device, ready: Container[str],
 ) -> tuple[int, int, int]:  # fmt: skip
     """How many layers are the solver's, how many tensors the source's, how many parameters they fill."""
-    layers(written, records, device=device, ready=ready)
+    layers(written, records, _AGAIN, device=device, ready=ready)
     model = BlockModel(written, torch.float32, torch.device("cpu"), trust_remote_code)
     for name, sha in changed.items():
         if digest(written.checkpoint.read(name)) != sha:
@@ -170,61 +170,81 @@ def wrong_files(folder: Path, hashes: Mapping[str, str], remedy: str = _AGAIN) -
             raise CompressError("the file is not the one that was written (sha256)", str(folder / name), remedy)
 
 
+class Unpacking:
+    """Packed layers as dense tensors on the host. Any thread may ask; on a GPU a few are unpacked at once, in streams
+    of their own: a run may be at work in torch's.
+
+    Args:
+        device: where they are unpacked and dequantised; one that has no room there, on the CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device, self._lane = device, lane_to(device)
+        self._places: queue.SimpleQueue[AbstractContextManager[Any]] = queue.SimpleQueue()
+        for _ in range(_AT_ONCE if device.type == "cuda" else 0):
+            self._places.put(torch.cuda.stream(torch.cuda.Stream(device)))  # type: ignore[no-untyped-call]
+
+    def read(self, written: Weights, layer: str) -> Tensor:
+        """A layer's dequantised weight [out, in]."""
+        if self._device.type != "cuda":
+            return written.read(f"{layer}.weight")
+        place = self._places.get()
+        try:
+            with place:
+                dense = self._lane.down(written.read(f"{layer}.weight", self._device))
+                mark = self._lane.mark()
+        except torch.OutOfMemoryError:
+            return written.read(f"{layer}.weight")
+        finally:
+            self._places.put(place)
+        mark.synchronize()
+        return dense
+
+    def check(self, written: Weights, record: Mapping[str, Any], remedy: str = _AGAIN) -> Tensor:
+        """`read`, of a layer that must be what its record says. Raises CompressError."""
+        dense = self.read(written, str(record["name"]))
+        if record.get("transposed"):
+            dense = dense.t().contiguous()
+        if digest(dense) != record.get("sha256_dense"):
+            what = "the file does not dequantise to what the solver returned"
+            raise CompressError(what, str(record["name"]), remedy)
+        return dense
+
+
 def layers(
     written: Weights,
     records: Sequence[Mapping[str, Any]],
-    remedy: str = _AGAIN,
+    remedy: str,
     seen: Callable[[str, Tensor], None] | None = None,
     device: torch.device = _CPU,
     ready: Container[str] = (),
-    most: int = 16,
 ) -> None:
     """Raise CompressError unless the packed layers are those recorded and dequantise to what was recorded.
 
     Args:
         seen: given each layer's name and dequantised weight [out, in], on the host.
-        device: where they are unpacked and dequantised, a few at once; one that has no room there, on the CPU.
+        device: see `Unpacking`.
         ready: layers that were read before.
-        most: threads.
     """
-    expected = {str(r["name"]): r for r in records}
-    if written.format_name is not None and written.packed != set(expected):
-        wrong = sorted(written.packed ^ set(expected))[0]
+    expected = {str(r["name"]) for r in records}
+    if written.format_name is not None and written.packed != expected:
+        wrong = sorted(written.packed ^ expected)[0]
         raise CompressError("packed in the files or in the records, not in both", wrong, remedy)
+    unpacking = Unpacking(device)
 
-    lane = lane_to(device)
-    places: queue.SimpleQueue[Any] = queue.SimpleQueue()
-    for _ in range(_AT_ONCE):  # streams of their own: a run may be at work in torch's
-        places.put(torch.cuda.Stream(device) if device.type == "cuda" else None)  # type: ignore[no-untyped-call]
+    def check(record: Mapping[str, Any]) -> tuple[str, Tensor | None]:
+        dense = unpacking.check(written, record, remedy)
+        return str(record["name"]), None if seen is None else dense
 
-    def read(name: str) -> Tensor:
-        if device.type == "cpu":
-            return written.read(name)
-        place = places.get()
-        try:
-            with nullcontext() if place is None else torch.cuda.stream(place):
-                dense = lane.down(written.read(name, device))
-                mark = lane.mark()
-        except torch.OutOfMemoryError:
-            return written.read(name)
-        finally:
-            places.put(place)
-        mark.synchronize()
-        return dense
-
-    def check(name: str) -> tuple[str, Tensor | None]:
-        dense = read(name + ".weight")
-        if expected[name].get("transposed"):
-            dense = dense.t().contiguous()
-        if digest(dense) != expected[name].get("sha256_dense"):
-            raise CompressError("the file does not dequantise to what the solver returned", name, remedy)
-        return name, None if seen is None else dense
-
-    asked = [name for name in expected if name not in ready]
-    largest = max((math.prod(written.shapes_cache()[f"{name}.weight"]) for name in asked), default=0)
-    for name, dense in in_order(check, asked, _UNPACKING * largest, most):
+    asked = [record for record in records if str(record["name"]) not in ready]
+    for name, dense in in_order(check, asked, room_to_unpack(asked)):
         if seen is not None and dense is not None:
             seen(name, dense)
+
+
+def room_to_unpack(records: Iterable[Mapping[str, Any]]) -> int:
+    """Bytes of host memory that the largest layer takes at most while it is unpacked and dequantised."""
+    return max((_UNPACKING * math.prod(r["shape"]) for r in records), default=0)
 
 
 def same(written: Weights, name: str, original: Tensor) -> bool:

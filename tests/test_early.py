@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 import compress
-from compress import early, output, pipeline
+from compress import output, pipeline
 from compress.checkpoint import Checkpoint
 from compress.early import Early
 from compress.errors import CompressError
@@ -96,7 +96,8 @@ def test_a_block_that_is_wrong_on_disk_ends_the_run(toy: Path, tmp_path: Path, m
 
     def patient(self: Early) -> None:
         for asked in self._asked:
-            asked.exception()
+            for work in asked.work:
+                work.exception()
         checking(self)
 
     monkeypatch.setattr(pipeline, "write", bad)
@@ -188,6 +189,4 @@ def test_what_is_not_begun_when_the_run_ends_is_not_done(toy: Path, tmp_path: Pa
     with Early({}, CPU) as reader:
         for _ in range(200):
             reader.add(Path(file), "", [])
-    done = sum(asked.done() and not asked.cancelled() for asked in reader._asked)
-    assert done < 200
-    assert early._THREADS < 16
+    assert any(work.cancelled() for asked in reader._asked for work in asked.work)
