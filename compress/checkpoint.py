@@ -74,6 +74,16 @@ class Stored:
             count *= n
         return count
 
+    def pieces(self, most: int) -> list[Stored]:
+        """It in pieces of at most `most` numbers, each [numbers], in order."""
+        assert not self.rope_heads, "rows that lie in another order have no pieces"
+        each = self.torch_dtype.itemsize
+        return [
+            Stored(self.file, self.start + at * each, min(most, self.numel - at) * each, self.dtype,
+                   (min(most, self.numel - at),))
+            for at in range(0, self.numel, most)
+        ]  # fmt: skip
+
 
 def read_json(path: Path, remedy: str = "download it again") -> dict[str, Any]:
     """A JSON object from a file. Raises CompressError when it is missing or not an object."""

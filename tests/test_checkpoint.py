@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress import checkpoint, output
+from compress import verify as verifying
 from compress.checkpoint import Checkpoint, Stored, read_header, read_json, read_tensor, tensor_bytes
 from compress.errors import CompressError
 from compress.hashes import hash_files
@@ -395,6 +396,33 @@ def test_verify_names_the_tensor(written: Path, toy: Path, tensor: str, says: st
     with pytest.raises(CompressError) as caught:
         verified(written, toy)
     assert says in caught.value.line()
+
+
+@pytest.mark.parametrize("place", [0, 1, 12345, -2, -1])
+def test_a_copy_in_pieces(written: Path, toy: Path, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever byte differs, in whichever piece."""
+    monkeypatch.setattr(verifying, "_PIECE", 1001)
+    verified(written, toy)
+    stored = Checkpoint.open(written).tensors["model.embed_tokens.weight"]
+    flip(stored.file, stored.start + place % stored.nbytes)
+    with pytest.raises(CompressError, match=r"embed_tokens\.weight: the copied tensor is not the original's"):
+        verified(written, toy)
+
+
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 9, 64, 67])
+def test_bytes_are_compared(count: int) -> None:
+    """Not numbers: NaN is itself, 0 is not -0; and a slice lies where it lies."""
+    value = torch.randn(count + 3).to(torch.bfloat16)
+    value[3 if count else 0] = float("nan")
+    assert verifying.equal(value.clone(), value)
+    assert verifying.equal(value[3:].clone(), value[3:])
+    assert verifying.equal(value[3:].float(), value[3:])
+    for place in range(count):
+        other = value[3:].clone()
+        other.view(torch.int16)[place] ^= -(1 << 15)
+        assert not verifying.equal(other, value[3:])
+    assert not verifying.equal(value, value[3:])
+    assert not verifying.equal(value.to(torch.float16), value)
 
 
 def test_verify_misses_a_copied_tensor(written: Path, toy: Path, tmp_path: Path) -> None:

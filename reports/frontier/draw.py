@@ -3,7 +3,8 @@
     python reports/frontier/draw.py tables RESULTS.json ...           Markdown: a row a setting, seeds put together
     python reports/frontier/draw.py picture OUT.png RESULTS.json ...  divergence against stored bits and seconds
 
-Of several files that hold the same setting and seed the first counts: its seconds were measured alone on the card.
+Of several files that hold the same setting and seed the first counts. Seconds from files named beside... are left out:
+other work was on the card.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 #: name of a curve -> the settings on it, by a pattern of their names
@@ -20,7 +22,7 @@ CURVES = {
     "balanced": r"\d bits balanced",
     "best": r"\d bits best",
     "best, 200 steps": r"\d bits best, 200 steps",
-    "best, 200 steps, tuned end to end": r"\d bits best, 200 steps, tuned end to end",
+    "best, 200 steps, tuned in 40": r"\d bits best, 200 steps, tuned in 40 steps",
     "AutoRound": r"\d bits autoround",
 }
 COLOURS = "#9aa5b1", "#5b8def", "#1f5fbf", "#123a7a", "#0b7a4b", "#d9822b"
@@ -33,7 +35,7 @@ def rows(files: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
         with open(file, encoding="utf-8") as text:
             for key, row in json.load(text)["rows"].items():
                 if "failed" not in row:
-                    found.setdefault(key, row)
+                    found.setdefault(key, row | {"alone": not Path(file).name.startswith("beside")})
     out: dict[str, list[dict[str, Any]]] = {}
     for key in found:
         out.setdefault(key.rpartition("/")[0], []).append(found[key])
@@ -73,11 +75,12 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
         others = [
             _spread([kl(r, i) for r in seeds], ".4f") if len(first["texts"]) > i else "" for i in range(1, len(names))
         ]
+        seconds = first["seconds"], first.get("phases", {}).get("refine", 0.0)
         cells = [
             name, str(len(seeds)), perplexity, near, top1, *others,
             f"{first['bits']:.3f}" if "bits" in first else "",
-            f"{first['refined']:.3f}" if first.get("refined") else "", f"{first['seconds']:.1f}",
-            f"{first.get('phases', {}).get('refine', 0.0):.1f}", f"{first['device_bytes'] / 2**30:.2f}",
+            f"{first['refined']:.3f}" if first.get("refined") else "",
+            *(f"{x:.1f}" if first["alone"] else "" for x in seconds), f"{first['device_bytes'] / 2**30:.2f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
@@ -98,9 +101,12 @@ def picture(found: dict[str, list[dict[str, Any]]], out: str) -> None:
         near = [sum(map(kl, found[n])) / len(found[n]) for n in mine]
         dash = "--" if label == "AutoRound" else "-"
         left.plot([int(n[0]) + 0.25 for n in mine], near, dash, marker="o", color=colour, label=label)
-        right.plot([found[n][0]["seconds"] for n in mine], near, "o", color=colour, label=label)
-        for name, value in zip(mine, near, strict=True):
-            right.annotate(name[0], (found[name][0]["seconds"], value), (5, 3), textcoords="offset points", fontsize=8)
+        timed = [
+            (found[n][0]["seconds"], value, n[0]) for n, value in zip(mine, near, strict=True) if found[n][0]["alone"]
+        ]
+        right.plot([x for x, *_ in timed], [y for _, y, _ in timed], "o", color=colour, label=label)
+        for x, y, digit in timed:
+            right.annotate(digit, (x, y), (5, 3), textcoords="offset points", fontsize=8)
     for axis, what in ((left, "bits a weight, scales included"), (right, "seconds (the digit: bits)")):
         axis.set(yscale="log", xlabel=what, ylabel="KL from the original, nats a token")
         axis.grid(True, which="both", alpha=0.2)
