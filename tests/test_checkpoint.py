@@ -416,7 +416,7 @@ def test_bytes_are_compared(count: int) -> None:
     value[3 if count else 0] = float("nan")
     assert verifying.equal(value.clone(), value)
     assert verifying.equal(value[3:].clone(), value[3:])
-    assert verifying.equal(value[3:].float(), value[3:])
+    assert verifying.equal(value[4:].float(), value[4:])
     for place in range(count):
         other = value[3:].clone()
         other.view(torch.int16)[place] ^= -(1 << 15)
