@@ -23,6 +23,8 @@ from compress.report import card
 from compress.writer import write_json, write_text
 
 if TYPE_CHECKING:
+    from jinja2 import Template
+
     from compress.evaluate.perplexity import Score
     from compress.job import Result
 
@@ -214,7 +216,7 @@ def _native_note(result: Result) -> list[str]:
 
 
 @cache
-def _card_template() -> Any:
+def _card_template() -> Template:
     """card.md.j2. Compiling it takes longer than filling it in; a sweep writes many cards."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
