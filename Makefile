@@ -9,11 +9,14 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: demo test check bench clients clean
 
+# pip would compile all of torch and transformers, which takes as long as the rest; what is imported is compiled then
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
+
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(INSTALL) --upgrade "setuptools>=77" wheel
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
 demo: $(STAMP)      ## compress the bundled model at 4 bits, end to end
