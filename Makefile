@@ -4,22 +4,28 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
+# where it is set, each of the processes that tests start would compile the package again
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: demo test check bench clients clean
+
+# pip would compile all of torch and transformers, which takes as long as the rest; what is imported is compiled then
+INSTALL := $(BIN)/python -m pip install --quiet --no-compile
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel
-	$(BIN)/python -m pip install --quiet "$$(grep '^torch==' constraints.txt)"
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(INSTALL) --upgrade "setuptools>=77" wheel
+	$(INSTALL) "$$(grep '^torch==' constraints.txt)"
+	$(INSTALL) -c constraints.txt -e ".[dev]"
 	touch $(STAMP)
 
 demo: $(STAMP)      ## compress the bundled model at 4 bits, end to end
 	$(BIN)/compress demo -o demo-out
 
+# mypy keeps one core busy; on another, all tests are imported, which leaves their compiled form to the workers of `test`
 check: $(STAMP)     ## lint, types, layout
 	$(BIN)/ruff check .
-	$(BIN)/mypy
-	$(BIN)/python -m pytest tests/test_layout.py
+	$(BIN)/mypy & types=$$!; $(BIN)/python -m pytest -m "not clients" -k test_layout.py; layout=$$?; wait $$types && exit $$layout
 
 test: check         ## everything that runs without a GPU
 	$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not clients"

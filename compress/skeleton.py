@@ -43,19 +43,30 @@ def keeps_transposed(model: Any, param: str) -> bool:
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Inside, every new parameter lands on the meta device; buffers (rotary tables, masks) stay real."""
+    """Inside, every new parameter lands on the meta device; buffers (rotary tables, masks) stay real.
+
+    None is initialised, which on meta changes nothing and takes longer than all else here: torch's own two are switched
+    off, and each parameter is marked as transformers marks what it has loaded, so that it draws no numbers for it.
+    """
     plain = nn.Module.register_parameter
+    resets = [(kind, kind.reset_parameters) for kind in (nn.Linear, nn.Embedding)]
 
     def register(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        if param is not None and param.device.type != "meta":
-            param = nn.Parameter(param.to("meta"), requires_grad=False)
+        if param is not None:
+            if param.device.type != "meta":
+                param = nn.Parameter(param.to("meta"), requires_grad=False)
+            param._is_hf_initialized = True  # type: ignore[attr-defined]
         plain(self, name, param)
 
     nn.Module.register_parameter = register  # type: ignore[method-assign]
+    for kind, _ in resets:
+        kind.reset_parameters = lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = plain  # type: ignore[method-assign]
+        for kind, reset in resets:
+            kind.reset_parameters = reset  # type: ignore[method-assign]
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -144,7 +155,7 @@ def skeleton(weights: Weights, trust_remote_code: bool) -> Any:
             "the checkpoint is incomplete or the config is not its own",
         )
     unbuildable = "not a causal language model that can be built"
-    with torch.device("meta"), quiet_transformers(unbuildable, where, _REMEDY):
+    with torch.device("meta"), _parameters_on_meta(), quiet_transformers(unbuildable, where, _REMEDY):
         draft = AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
     disk_names(draft, weights)
     with _parameters_on_meta(), quiet_transformers(unbuildable, where, _REMEDY):

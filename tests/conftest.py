@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import sys
@@ -22,6 +23,13 @@ WORDS = (
     "the river runs under an old stone bridge and the miller counts his sacks while a red fox waits for evening rain "
     "because nobody told her that bread is made from corn not stones and every winter ends with a small green leaf"
 ).split()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported and collected by now stays to the end: a collection of garbage that walks through all of it
+    takes a third of a second, tests make hundreds, and forked children copy the pages besides."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

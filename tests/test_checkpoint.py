@@ -246,7 +246,11 @@ def test_json_and_text(tmp_path: Path) -> None:
     assert {p.name for p in tmp_path.iterdir()} == {"v.json", "t"}
 
 
-@pytest.mark.parametrize("text", ["", "[1]", "null", "5", '{"a": ', "\xff\xfe", "[" * 100_000, "9" * 5000])
+@pytest.mark.parametrize(
+    "text",
+    ["", "[1]", "null", "5", '{"a": ', "\xff\xfe", "[" * 100_000, "9" * 5000],
+    ids=["nothing", "a list", "null", "a number", "cut off", "odd letters", "too deep", "too long a number"],
+)
 def test_read_json_refuses(tmp_path: Path, text: str) -> None:
     (tmp_path / "v.json").write_text(text, encoding="latin1")
     with pytest.raises(CompressError, match=r"v\.json") as caught:

@@ -21,7 +21,8 @@ from compress.inventory import describe, inventory
 from compress.recipe import make_recipe
 from compress.types import Storage
 
-pytestmark = pytest.mark.usefixtures("asking")
+#: in one worker, else each would write the checkpoints
+pytestmark = [pytest.mark.usefixtures("asking"), pytest.mark.xdist_group("examine")]
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,8 @@ from compress.packed.uniform import UniformGrid
 from compress.recipe import make_recipe, parse
 from compress.weights import Weights
 
+pytestmark = pytest.mark.xdist_group("export")  # else each worker would make the sources
+
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory, toy: Path, text_file: Path) -> Any:

@@ -146,7 +146,8 @@ def server(monkeypatch: Any) -> Iterator[FakeHub]:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setattr(_http.time, "sleep", lambda seconds: None)  # between its retries
-    threading.Thread(target=serving.serve_forever, daemon=True).start()
+    # it looks for the end once in poll_interval seconds, and each test would wait for that
+    threading.Thread(target=serving.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
     yield state
     serving.shutdown()
     serving.server_close()

@@ -1,7 +1,7 @@
 """A run that is killed goes on where it stopped, and ends with the bytes of a run that nobody disturbed.
 
 Children are forked from this process, so that a run costs half a second, and killed by a real SIGKILL at a chosen
-rename: every step of a run ends with one. One test does the same from outside, with processes and the clock alone.
+rename: every step of a run ends with one. One test does the same from outside, with the clock alone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ import compress
 from compress import api, cli, hidden, journal, output, pipeline
 from compress.ahead import Begun
 from compress.blocks import BlockModel
+
+pytestmark = pytest.mark.xdist_group("resume")  # else each worker would make the undisturbed runs
 
 BLOCKS = 4
 VARIANTS = {
@@ -63,6 +66,10 @@ class Runs:
 
     def forked(self, args: list[str], prepare: Callable[[], None]) -> int:
         """Exit code of the command in a child; `prepare` runs there first. -9 when it was killed."""
+        return os.waitstatus_to_exitcode(os.waitpid(self.begun(args, prepare), 0)[1])
+
+    def begun(self, args: list[str], prepare: Callable[[], None] = lambda: None) -> int:
+        """The id of such a child, at work."""
         child = os.fork()
         if child == 0:
             code = 99
@@ -71,7 +78,7 @@ class Runs:
                 code = self.here(args)
             finally:
                 os._exit(code)
-        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        return child
 
     def started(self, args: list[str], first: str = "") -> subprocess.Popen[bytes]:
         """first: code that runs before the command."""
@@ -290,14 +297,20 @@ def test_head_behind_the_last_block(runs: Runs, tmp_path: Path, make_model: Any,
 # --- from outside: processes, the clock and SIGKILL
 
 
-def wait_for(process: subprocess.Popen[bytes], reached: Callable[[], bool]) -> None:
+def wait_for(ended: Callable[[], bool], reached: Callable[[], bool]) -> None:
     until = time.monotonic() + 60
-    while process.poll() is None and not reached():
+    while not ended() and not reached():
         assert time.monotonic() < until
         time.sleep(0.001)
 
 
+def ended(child: int) -> bool:
+    """It is not waited for, so that kill still finds it."""
+    return os.waitid(os.P_PID, child, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+
+
 def test_kill_9_from_outside(runs: Runs, undisturbed: Any) -> None:
+    """Forked too: an interpreter that starts takes longer than the run, and none is killed while it does."""
     args = runs.args("gptq")
     moments: list[Callable[[], bool]] = [
         lambda: runs.partial.exists(),
@@ -306,11 +319,10 @@ def test_kill_9_from_outside(runs: Runs, undisturbed: Any) -> None:
     ]
     for moment in moments:
         before = runs.blocks()
-        process = runs.started(args)
-        wait_for(process, moment)
-        process.kill()
-        assert process.wait() in (-signal.SIGKILL, 0), process.stderr.read().decode()  # type: ignore[union-attr]
-        process.stderr.close()  # type: ignore[union-attr]
+        child = runs.begun(args)
+        wait_for(partial(ended, child), moment)
+        os.kill(child, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) in (-signal.SIGKILL, 0)
         if not runs.out.exists():
             assert before.items() <= runs.blocks().items(), "a finished block was written again"
     if not runs.out.exists():
@@ -336,7 +348,7 @@ def test_ctrl_c(runs: Runs, undisturbed: Any) -> None:
     """SIGINT while the third block is at work: exit code 130, and the message is the command to type."""
     long = runs.args("gptq")
     process = runs.started(long, LONG_THIRD)
-    wait_for(process, (runs.partial / "block-00000.json").exists)
+    wait_for(lambda: process.poll() is not None, (runs.partial / "block-00000.json").exists)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -375,13 +387,7 @@ def test_two_at_once(runs: Runs, undisturbed: Any, capsys: pytest.CaptureFixture
 
         pipeline.assemble = assemble
 
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            code = runs.forked(runs.args("rtn"), stop_for_a_while)
-        finally:
-            os._exit(code)
+    child = runs.begun(runs.args("rtn"), stop_for_a_while)
     until = time.monotonic() + 60
     while len(runs.blocks()) < BLOCKS:
         assert time.monotonic() < until

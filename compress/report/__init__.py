@@ -10,6 +10,7 @@ import resource
 import shlex
 import sys
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,8 @@ from compress.report import card
 from compress.writer import write_json, write_text
 
 if TYPE_CHECKING:
+    from jinja2 import Template
+
     from compress.evaluate.perplexity import Score
     from compress.job import Result
 
@@ -212,15 +215,11 @@ def _native_note(result: Result) -> list[str]:
     return []
 
 
-def model_card(result: Result, record: dict[str, Any], gguf_file: str | None = None) -> str:
-    """README.md of the output folder.
-
-    Args:
-        gguf_file: the weights' file name where the format is GGUF.
-    """
+@cache
+def _card_template() -> Template:
+    """card.md.j2. Compiling it takes longer than filling it in; a sweep writes many cards."""
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
-    job, plan = result.job, result.plan
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
         undefined=StrictUndefined,
@@ -228,8 +227,18 @@ def model_card(result: Result, record: dict[str, Any], gguf_file: str | None = N
         autoescape=False,
     )
     environment.filters["line"] = card.one_line
+    return environment.get_template("card.md.j2")
+
+
+def model_card(result: Result, record: dict[str, Any], gguf_file: str | None = None) -> str:
+    """README.md of the output folder.
+
+    Args:
+        gguf_file: the weights' file name where the format is GGUF.
+    """
+    job, plan = result.job, result.plan
     name = job.push_to or card.one_line(job.out.name)
-    return environment.get_template("card.md.j2").render(
+    return _card_template().render(
         metadata=card.metadata(result, name),
         title=name,
         source=job.origin,

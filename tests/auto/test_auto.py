@@ -31,6 +31,8 @@ from compress.pipeline import open_model
 from compress.stats import collect
 from compress.verify import check_hashes
 
+pytestmark = pytest.mark.xdist_group("auto")  # else each worker would measure
+
 BITS, GROUPS = "2,3,4", "32,64"
 
 

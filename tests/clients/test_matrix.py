@@ -29,6 +29,8 @@ from compress.recipe import parse
 from compress.verify import digest
 from compress.weights import Weights
 
+pytestmark = pytest.mark.xdist_group("matrix")  # else each worker would find the outcomes
+
 SIZES = {
     "hidden_size": 64,
     "intermediate_size": 128,

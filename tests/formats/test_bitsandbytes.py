@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -186,6 +187,15 @@ def _survives(packed: UniformGrid) -> bool:
 # -- bitsandbytes as the oracle --------------------------------------------------------------------------------------
 
 
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """bitsandbytes' functions as they are written, which is what they do without a compiler too: torch.compile takes
+    seconds for each dtype."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("theirs", ["nf4", "fp4"])
@@ -209,6 +219,7 @@ def test_files_of_bitsandbytes(shape: tuple[int, int], theirs: str, nested: bool
     assert FORMAT.shape(NAME, {s: tuple(t.shape) for s, t in tensors.items()}, described(tensors, config)) == shape
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("nested", [False, True], ids=["plain", "nested"])
 @pytest.mark.parametrize("table", ["nf4", "fp4-bnb"])
 def test_our_tensors_in_bitsandbytes(table: str, nested: bool) -> None:

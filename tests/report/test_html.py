@@ -30,6 +30,8 @@ from compress.report.html.heat import grid
 from compress.report.html.pareto import points
 from compress.weights import Weights
 
+pytestmark = pytest.mark.xdist_group("html")  # else each worker would make the runs
+
 VOID = {"meta", "link", "br", "img", "input", "hr"}
 NASTY = "<script>alert(1)</script>|`*evil*`\"'&amp;"
 SECTIONS = "models pareto quality layers weights outliers costs warnings commands".split()

@@ -26,6 +26,8 @@ from compress.tuning.whole import Student, load
 from compress.verify import check_hashes
 from compress.weights import Weights
 
+pytestmark = pytest.mark.xdist_group("tune")  # else each worker would compress the same
+
 RUN: dict[str, Any] = {"samples": 16, "seq_len": 48, "device": "cpu", "no_eval": True, "no_client": True}
 
 
