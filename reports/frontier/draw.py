@@ -29,16 +29,22 @@ COLOURS = "#9aa5b1", "#5b8def", "#1f5fbf", "#123a7a", "#0b7a4b", "#d9822b"
 
 
 def rows(files: Sequence[str]) -> dict[str, list[dict[str, Any]]]:
-    """Settings by name, and of each what was found with one seed after the other."""
+    """What files hold, as `by_name`."""
     found: dict[str, dict[str, Any]] = {}
     for file in files:
-        with open(file, encoding="utf-8") as text:
-            for key, row in json.load(text)["rows"].items():
-                if "failed" not in row:
-                    found.setdefault(key, row | {"alone": not Path(file).name.startswith("beside")})
+        alone = not Path(file).name.startswith("beside")
+        for key, row in json.loads(Path(file).read_text(encoding="utf-8"))["rows"].items():
+            if "failed" not in row:
+                found.setdefault(key, row | {"alone": alone})
+    return by_name(found)
+
+
+def by_name(found: dict[str, dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Settings that did not fail, by name, and of each what was found with one seed after the other."""
     out: dict[str, list[dict[str, Any]]] = {}
-    for key in found:
-        out.setdefault(key.rpartition("/")[0], []).append(found[key])
+    for key, row in found.items():
+        if "failed" not in row:
+            out.setdefault(key.rpartition("/")[0], []).append(row)
     return out
 
 
@@ -80,7 +86,7 @@ def tables(found: dict[str, list[dict[str, Any]]]) -> str:
             name, str(len(seeds)), perplexity, near, top1, *others,
             f"{first['bits']:.3f}" if "bits" in first else "",
             f"{first['refined']:.3f}" if first.get("refined") else "",
-            *(f"{x:.1f}" if first["alone"] else "" for x in seconds), f"{first['device_bytes'] / 2**30:.2f}",
+            *(f"{x:.1f}" if first.get("alone", True) else "" for x in seconds), f"{first['device_bytes'] / 2**30:.2f}",
         ]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)

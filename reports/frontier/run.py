@@ -5,7 +5,7 @@
 Every setting is a recipe, made by the same call as the command line makes, in this process: seconds are those of load,
 calibration, solving, refining and packing, without imports. All are measured against MODEL on EVAL (and the other
 texts), from the files as written. AutoRound gets the same calibration rows; what it leaves is saved as dense weights.
-OUT/results.json grows by a setting at a time: what it holds is not made again. `table` prints it.
+OUT/results.json grows by a setting at a time: what it holds is not made again; OUT/table.md is the table of all.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from collections.abc import Callable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from draw import by_name, tables
 
 GROUP = 64
 #: GPTQ without anything that came after its paper
@@ -223,31 +225,6 @@ def one(args: argparse.Namespace, name: str, recipe: dict[str, Any], seed: int) 
     return row
 
 
-def table(results: dict[str, Any]) -> str:
-    """A row a setting, on the first text."""
-    lines = [
-        "| setting | seed | perplexity | KL | top-1 | block error | seconds | solve | refine | GiB |",
-        "|---" * 10 + "|",
-    ]
-    for key, row in results["rows"].items():
-        name, _, seed = key.rpartition("/")
-        if "failed" in row:
-            lines.append(f"| {name} | {seed} | {row['failed']} |" + " |" * 7)
-            continue
-        text = next(iter(row["texts"].values()))
-        kl = text["kl"]["mean"]
-        phases = row.get("phases", {})
-        cells = [
-            name, seed, f"{text['perplexity']['value']:.3f}",
-            f"{kl['value']:.4f} ({kl['low']:.4f} to {kl['high']:.4f})",
-            f"{text['top1']['value']:.2%}", "" if not row.get("refined") else f"{row['refined']:.3f}",
-            f"{row['seconds']:.1f}", f"{phases.get('solve', 0):.1f}", f"{phases.get('refine', 0):.1f}",
-            f"{row['device_bytes'] / 2**30:.2f}",
-        ]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("model", "calib", "eval", "out"):
@@ -274,10 +251,10 @@ def main() -> None:
             wanted = not args.only or any(fnmatchcase(name, part) for part in args.only.split(";"))
             if not wanted or "failed" not in results["rows"].get(f"{name}/{seed}", {"failed": ""}):
                 continue
-            results["rows"][f"{name}/{seed}"] = one(args, name, recipe, seed)
+            row = results["rows"][f"{name}/{seed}"] = one(args, name, recipe, seed)
             file.write_text(json.dumps(results, indent=1))
-            print(table({"rows": {f"{name}/{seed}": results["rows"][f"{name}/{seed}"]}}).splitlines()[-1], flush=True)
-    (folder / "table.md").write_text(table(results) + "\n")
+            print(row.get("failed") or tables({f"{name}, seed {seed}": [row]}).splitlines()[-1], flush=True)
+    (folder / "table.md").write_text(tables(by_name(results["rows"])) + "\n")
 
 
 if __name__ == "__main__":
