@@ -98,6 +98,8 @@ class Journal:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        if self.folder.is_dir() and not any(self.folder.iterdir()):  # a run that failed before its first block
+            self.folder.rmdir()
         # unlinked while still held: one who opened the file before cannot lock it and believe to be alone
         Path(self._lock.lock_file).unlink(missing_ok=True)
         self._lock.release()

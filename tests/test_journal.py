@@ -255,6 +255,15 @@ def test_what_a_stopped_run_leaves_is_cleared(out: Path) -> None:
         assert names(partial) == set()
 
 
+def test_nothing_is_left_of_a_run_without_a_block(out: Path) -> None:
+    with Journal(out, overwrite=False) as journal:
+        journal.start(lambda: PRINT, fresh=False)
+        assert out.with_name("out.partial").is_dir()
+    assert not list(out.parent.iterdir())
+    begin(out, 1)
+    assert out.with_name("out.partial").is_dir()
+
+
 # --- the lock
 
 
@@ -266,14 +275,14 @@ def test_one_run_at_a_time(out: Path) -> None:
         assert journal.folder.is_dir()
     with Journal(out, overwrite=True):
         pass
-    assert names(out.parent) == {"out.partial"}
+    assert names(out.parent) == set()
 
 
 def test_a_dead_runs_lock_file_is_no_lock(out: Path) -> None:
     out.with_name("out.lock").write_text("")
     with Journal(out, overwrite=False) as journal:
         journal.start(lambda: PRINT, fresh=False)
-    assert names(out.parent) == {"out.partial"}
+    assert names(out.parent) == set()
 
 
 def test_a_folder_where_the_lock_belongs(out: Path) -> None:

@@ -459,7 +459,8 @@ def test_exception_anywhere(
         patch.setattr(sys, "argv", ["compress", *runs.args("gptq")])
         with pytest.raises(ArithmeticError, match="ours"):
             cli.main()
-    assert {p.name for p in runs.root.iterdir()} == {"out.partial"}
+    left = {p.name for p in runs.root.iterdir()}
+    assert left == {"out.partial"} or not (left or finished)
     assert len(runs.blocks()) == finished
     solved.clear()
     assert runs.here(runs.args("gptq")) == 0

@@ -195,6 +195,7 @@ def test_predictions_that_are_no_numbers(
     monkeypatch.setattr(Student, "block", lambda self, *given: real(self, *given) * float("nan"))
     with pytest.raises(CompressError, match="nan in float32"):
         quick(packed, toy, text_file, tmp_path / "out")
+    assert not list(tmp_path.glob("out*"))
 
 
 def slopes_of(toy: Path, packed: Path, dtype: torch.dtype) -> Slopes:
