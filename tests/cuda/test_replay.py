@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -66,3 +67,18 @@ def test_a_capture_ends_whatever_happens(
     assert (
         said == ["begin", "end"] + ["set free"] * fails + ["reset"] * broken
     )  # who has the error would hold the graph
+
+
+def test_a_pool_outlives_an_error_that_is_passed_on() -> None:
+    """Torch ends the process where the memory of a pool that goes cannot be freed, and the error would not be seen."""
+    room: Any = object.__new__(_Room)
+    room._keeper, room.pool = SimpleNamespace(reset=lambda: None), SimpleNamespace()
+    held = sys.getrefcount(room.pool)
+    room.leave()
+    assert sys.getrefcount(room.pool) == held
+    with pytest.raises(RuntimeError, match="CUDA"):
+        try:
+            raise RuntimeError("CUDA")
+        finally:
+            room.leave()
+    assert sys.getrefcount(room.pool) == held + 1
