@@ -73,12 +73,19 @@ def test_a_pool_outlives_an_error_that_is_passed_on() -> None:
     """Torch ends the process where the memory of a pool that goes cannot be freed, and the error would not be seen."""
     room: Any = object.__new__(_Room)
     room._keeper, room.pool = SimpleNamespace(reset=lambda: None), SimpleNamespace()
-    held = sys.getrefcount(room.pool)
-    room.leave()
-    assert sys.getrefcount(room.pool) == held
-    with pytest.raises(RuntimeError, match="CUDA"):
+
+    def held() -> int:  # outside of assert, which holds what it looks at
+        return sys.getrefcount(room.pool)
+
+    def fails() -> None:
         try:
             raise RuntimeError("CUDA")
         finally:
             room.leave()
-    assert sys.getrefcount(room.pool) == held + 1
+
+    before = held()
+    room.leave()
+    assert held() == before
+    with pytest.raises(RuntimeError, match="CUDA"):
+        fails()
+    assert held() == before + 1
