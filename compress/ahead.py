@@ -1,6 +1,6 @@
 """What runs beside the block loop: the next block is read ahead, the finished one is hashed and written behind.
 
-    Reader     one thread   a block's tensors, read and copied to the device while the block before is worked on
+    Reader     threads      a block's tensors, read and copied to the device while the block before is worked on
     Outbox     threads      packed tensors copied to the host, hashed and written while the block after is worked on
     Begun      one thread   something that is not needed before the first block is written
     in_order   threads      the same work on one thing after another, such as reading layers back
@@ -151,8 +151,13 @@ def lane_to(device: torch.device) -> Lane:
     return Stream(device) if device.type == "cuda" else Here()
 
 
+def hands() -> int:
+    """Threads that read at once: one reads a file in memory slower than a GPU takes it, but cores have other work."""
+    return max(1, min(4, (os.cpu_count() or 1) // 4))
+
+
 class Reader:
-    """The stored tensors of one block after another, each read by a thread while the block before it is worked on.
+    """The stored tensors of one block after another, each read by threads while the block before it is worked on.
 
     Args:
         names: for each block, in the order in which they will be taken, the tensors that it is made of.
@@ -177,6 +182,7 @@ class Reader:
         self._next: tuple[int, Future[tuple[dict[str, Tensor], Mark]]] | None = None
         self._stopped = threading.Event()
         self._thread = ThreadPoolExecutor(1, "read-ahead")
+        self._hands = ThreadPoolExecutor(hands(), "read-ahead-hands")
         self._begin()
 
     def __enter__(self) -> Reader:
@@ -185,6 +191,7 @@ class Reader:
     def __exit__(self, *exc: object) -> None:
         self._stopped.set()
         self._thread.shutdown(wait=True, cancel_futures=True)
+        self._hands.shutdown(wait=True, cancel_futures=True)
         self._next = None
 
     def _begin(self) -> None:
@@ -195,11 +202,22 @@ class Reader:
 
     def _fetch(self, names: list[str]) -> tuple[dict[str, Tensor], Mark]:
         found: dict[str, Tensor] = {}
+        coming: deque[tuple[str, Future[Tensor]]] = deque()
+        most = hands()
+
+        def arrived() -> None:
+            name, tensor = coming.popleft()
+            found[name] = self._lane.up(tensor.result())
+
         with self._timed("read"):
             for name in names:
                 if self._stopped.is_set():
                     break
-                found[name] = self._lane.up(self._read(name, self._lane.empty))
+                coming.append((name, self._hands.submit(self._read, name, self._lane.empty)))
+                if len(coming) == most:
+                    arrived()
+            while coming:
+                arrived()
         return found, self._lane.mark()
 
     def take(self, block: int) -> dict[str, Tensor]:
