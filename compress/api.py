@@ -123,8 +123,11 @@ def make_job(model: str, method: Pass | Transform | Recipe, options: Options, dr
 
 
 def settled(recipe: Recipe, device: torch.device, options: Options) -> Recipe:
-    """A recipe as it is run: quality `auto` made out by what there is to run it on."""
-    return recipe.settled(room=device.type == "cuda" and not under(options, recipe.options).low_memory)
+    """A recipe as it is run: with the refiner that was asked for, quality `auto` made out by what it is to run on."""
+    options = under(options, recipe.options)
+    if options.refine is not None:
+        recipe = recipe.refined(options.refine, "--refine")
+    return recipe.settled(room=device.type == "cuda" and not options.low_memory)
 
 
 def under(options: Options, given: Mapping[str, Any]) -> Options:

@@ -38,6 +38,11 @@ class Options:
     seed: int = _option(0, "seed of every random choice")
     eval: str = _option("wikitext2", "evaluation text: as --calib")
     no_eval: bool = _option(False, "do not evaluate")
+    refine: str | None = _option(
+        None,
+        "settings of what --quality best does to whole blocks, such as 'steps=200 norms=true' or 'window=2'; also asks "
+        "for best where --quality is auto",
+    )
     include: tuple[str, ...] = _option((), "only layers whose name matches this pattern (repeatable)")
     exclude: tuple[str, ...] = _option((), "leave layers whose name matches this pattern (repeatable)")
     blocks: str = _option("", "only these decoder blocks: 0-3,-1")

@@ -142,6 +142,24 @@ class Recipe:
         room = room or any(isinstance(s.method, Refiner) for s in self.steps)
         return replace(self, steps=tuple(replace(s, method=settled(s.method, room)) for s in self.steps))
 
+    def refined(self, settings: str, where: str) -> Recipe:
+        """With a refiner of these settings ("steps=200 norms=true") before the other steps.
+
+        Raises:
+            CompressError: there is one already, it has nothing to tune, or no such setting.
+        """
+        name = next(iter(REFINERS))
+        made = _built(load_refiner(name), name, _words_of(f"{name} {settings}")[1], where)
+        there = [s.method for s in self.steps if isinstance(s.method, Refiner)]
+        if there == [made]:
+            return self
+        if there:
+            raise CompressError(f"the recipe has a step {name}", where, "leave one of them out")
+        recipe = replace(self, steps=(Step(made), *self.steps))
+        if recipe.settled(room=True).refiner is None:
+            raise CompressError(f"nothing of {self.name} is refined", where, "add --quality best, or leave it out")
+        return recipe
+
     @property
     def needs(self) -> Needs:
         """What all steps need together. Raises CompressError for two thresholds of the same statistic."""

@@ -37,7 +37,7 @@ from compress.types import settings
 POINTS = 2
 #: options that change what is written, which the recipe carries
 _CARRIED = ("target", "calib", "calib_column", "chat_template", "samples", "seq_len", "seed", "eval", "include",
-            "exclude", "blocks", "lm_head", "true_sequential", "dtype")  # fmt: skip
+            "exclude", "blocks", "lm_head", "true_sequential", "dtype", "refine")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,12 @@ def auto(
         shutil.rmtree(unpickled, ignore_errors=True)
         return outcome
     told = tuple(words.notes(outcome))
-    job = replace(job, recipe=recipe, notes=told, files={"recipe.yaml": words.recipe_file(recipe)})
+    job = replace(
+        job,
+        recipe=api.settled(recipe, job.device, options),
+        notes=told,
+        files={"recipe.yaml": words.recipe_file(recipe)},
+    )
     result = compress_checkpoint(job, progress)
     check(outcome, result)
     return replace(outcome, job=job, result=result)

@@ -18,7 +18,7 @@ from compress.types import Transform
 
 _DECIDING = (
     "format", "target", "calib", "calib_column", "chat_template", "samples", "seq_len", "seed", "include", "exclude",
-    "blocks", "lm_head", "true_sequential", "dtype", "trust_remote_code", "allow_pickle",
+    "blocks", "lm_head", "true_sequential", "dtype", "trust_remote_code", "allow_pickle", "refine",
 )  # fmt: skip
 #: settings of a method that a sweep goes through, and how they stand in a name
 _SWEPT = {"bits": "{}bit", "group_size": "g{}"}

@@ -28,6 +28,7 @@ from compress.flows import start_flows
 from compress.options import Options
 from compress.passes.gptq import GPTQ
 from compress.pipeline import open_model
+from compress.recipe import read_recipe
 from compress.stats import collect
 from compress.verify import check_hashes
 
@@ -110,6 +111,18 @@ def test_size_of_the_files_is_never_exceeded(toy: Path, text: Path, kept: Path, 
     written = sum(f.stat().st_size for f in (tmp_path / "out").glob("*.safetensors"))
     assert 0.85 * asked.bytes() < written <= asked.bytes()
     assert found.result is not None
+
+
+def test_what_is_chosen_is_refined(toy: Path, text: Path, kept: Path, tmp_path: Path) -> None:
+    """With --refine, and again by the recipe that it leaves."""
+    found = auto(str(toy), ask(kept), options(text, tmp_path / "out", refine="steps=2"))
+    assert found.result is not None
+    assert any("refined" in record["figures"] for record in found.result.records)
+    recipe = read_recipe(tmp_path / "out" / "recipe.yaml")
+    assert recipe.options["refine"] == "steps=2"
+    job = api.make_job(str(toy), recipe, Options(no_eval=True), dry=True)
+    assert job.recipe.refiner == found.result.job.recipe.refiner
+    assert job.recipe.refiner is not None
 
 
 def test_dry_run_writes_no_checkpoint(toy: Path, text: Path, kept: Path, tmp_path: Path) -> None:

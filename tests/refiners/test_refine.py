@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import compress
-from compress import flows, pipeline
+from compress import api, flows, pipeline
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
 from compress.cuda.replay import Replays
@@ -492,3 +492,32 @@ def test_what_a_recipe_says_of_refining() -> None:
     ):
         with pytest.raises(CompressError, match=says):
             make_recipe({"steps": steps}, "r", "r")
+
+
+def test_what_the_command_line_says_of_refining() -> None:
+    """`--refine` is the recipe's step, and a wish for best as that is."""
+    cpu = torch.device("cpu")
+
+    def made(method: Any, refine: str, **more: Any) -> Recipe:
+        return api.settled(Recipe.of(method), cpu, compress.Options(refine=refine, **more))
+
+    once = made(GPTQ(3), "steps=7 norms=true window=2")
+    assert once.refiner == Refine(steps=7, norms=True, window=2)
+    assert once == make_recipe(
+        {"steps": [{"refine": vars(once.refiner)}, {"gptq": {"bits": 3, "quality": "best"}}]}, "gptq", "r"
+    )
+    assert made(once, "steps=7 norms=true window=2") == once
+    given = make_recipe({"steps": [{"gptq": {"bits": 3}}], "options": {"refine": "steps=5"}}, "r", "r")
+    assert api.settled(given, cpu, compress.Options()).refiner == Refine(steps=5)
+    assert api.settled(given, cpu, compress.Options(refine="steps=6")).refiner == Refine(steps=6)
+    for method, refine, says in (
+        (GPTQ(8), "steps=7", "nothing of gptq is refined"),
+        (GPTQ(3, quality="balanced"), "steps=7", "nothing of gptq is refined"),
+        (RTN(4), "steps=7", "nothing of rtn is refined"),
+        (once, "steps=8", "has a step refine"),
+        (GPTQ(3), "stepz=7", "has no setting 'stepz'"),
+        (GPTQ(3), "steps", "'steps' is no setting"),
+        (GPTQ(3), "steps=0", "steps"),
+    ):
+        with pytest.raises(CompressError, match=says):
+            made(method, refine)
