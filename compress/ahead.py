@@ -1,12 +1,13 @@
 """What runs beside the block loop: the next block is read ahead, the finished one is hashed and written behind.
 
     Reader     threads      a block's tensors, read and copied to the device while the block before is worked on
-    Outbox     threads      packed tensors copied to the host, hashed and written while the block after is worked on
+    Outbox     threads      packed tensors copied to the host, hashed and written while the blocks after are worked on
     Begun      one thread   something that is not needed before the first block is written
     in_order   threads      the same work on one thing after another, such as reading layers back
 
-The first two hold one block at most. Copies run on a `Lane`: on a GPU a stream of its own and pinned memory, so that
-they wait for the tensors they copy and nothing waits for them before it must; elsewhere there is nothing to copy.
+The first holds one block at most, the second as many as it writes at once. Copies run on a `Lane`: on a GPU a stream of
+its own and pinned memory, so that they wait for the tensors they copy and nothing waits for them before it must;
+elsewhere there is nothing to copy.
 """
 
 from __future__ import annotations
@@ -239,13 +240,15 @@ class Outbox:
     Args:
         lane: from the device.
         timed: counts the seconds of the threads.
+        together: tasks at a time, each with its block on the host. A file's sha256 is the work of one core, about 1 GB
+            a second: where blocks are finished quicker than that, two at a time.
     """
 
-    def __init__(self, lane: Lane, timed: Timed = untimed) -> None:
-        self._lane, self._timed = lane, timed
-        self._writer = ThreadPoolExecutor(1, "write-behind")
+    def __init__(self, lane: Lane, timed: Timed = untimed, together: int = 1) -> None:
+        self._lane, self._timed, self._together = lane, timed, together
+        self._writers = ThreadPoolExecutor(together, "write-behind")
         self._helpers = ThreadPoolExecutor(min(8, os.cpu_count() or 1), "write-behind-digest")
-        self._writing: Future[None] | None = None
+        self._writing: deque[Future[None]] = deque()
 
     def __enter__(self) -> Outbox:
         return self
@@ -257,7 +260,7 @@ class Outbox:
             if error is None or isinstance(error, Exception):  # what failed in an earlier block is the cause of both
                 raise failure from None
         finally:
-            self._writer.shutdown(wait=True)
+            self._writers.shutdown(wait=True)
             self._helpers.shutdown(wait=True, cancel_futures=True)
 
     def host(self, value: Tensor) -> Tensor:
@@ -276,30 +279,57 @@ class Outbox:
 
         return self._helpers.submit(run)
 
-    def put(self, part: str, task: Callable[[], None]) -> None:
-        """Run `task` in a thread, once the one before it is done (raises what that one raised)."""
-        self.flush()
+    def put(self, part: str, task: Callable[[], T], then: Callable[[T], None] | None = None) -> None:
+        """Run `task` in a thread, as soon as there is one for it.
+
+        Args:
+            part: names its seconds.
+            then: gets what `task` made, once every earlier task and what followed it are done; not called where one of
+                them failed.
+
+        Raises:
+            Exception: what an earlier task raised.
+        """
+        while len(self._writing) >= self._together:
+            self._wait()
+        self.check()
         mark = self._lane.mark()
+        before = self._writing[-1] if self._writing else None
 
         def run() -> None:
             mark.synchronize()
             with self._timed(part):
-                task()
+                made = task()
+            if before is not None and before.exception() is not None:  # which is told as its own
+                return
+            if then is not None:
+                with self._timed(part):
+                    then(made)
 
-        self._writing = self._writer.submit(run)
+        self._writing.append(self._writers.submit(run))
 
     def check(self) -> None:
-        """Raise what the last task raised, if it did already."""
-        if self._writing is not None and self._writing.done():
-            self.flush()
+        """Raise what tasks raised that are done."""
+        while self._writing and self._writing[0].done():
+            self._wait()
 
     def flush(self) -> None:
-        """Wait for the last task. Raises what it raised."""
-        if self._writing is not None:
-            writing = self._writing
-            writing.exception()  # waits; where that is interrupted, the task is waited for again
-            self._writing = None
-            writing.result()
+        """Wait for every task. Raises what the first that failed raised."""
+        failure: BaseException | None = None
+        while self._writing:
+            try:
+                self._wait()
+            except Exception as error:
+                failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _wait(self) -> None:
+        """Wait for the first task. Raises what it raised."""
+        first = self._writing[0]
+        first.exception()  # waits; where that is interrupted, the task is waited for again
+        self._writing.popleft()
+        first.result()
 
 
 class Begun(Generic[T]):

@@ -117,7 +117,7 @@ class Journal:
         """Open the work folder for a run described by `fingerprint`.
 
         Args:
-            fingerprint: called now if an earlier run was stopped here, else by the first `add` that finds it ready,
+            fingerprint: called now if an earlier run was stopped here, else by the first `count` that finds it ready,
                 at the latest by `settle`.
             fresh: an earlier run does not count.
             ready: whether `fingerprint` would not wait.
@@ -174,24 +174,35 @@ class Journal:
         records: list[dict[str, Any]],
         changed: Mapping[str, str] | None = None,
         notes: Sequence[str] = (),
-        rows: int | None = None,
-        seal: Callable[[], None] | None = None,
     ) -> None:
-        """Write a finished block: tensors first, then the records that make it count.
+        """Write a finished block: `store`, then `count`."""
+        self.count(block, self.store(block, tensors), records, changed, notes)
+
+    def store(self, block: int, tensors: dict[str, Tensor]) -> str:
+        """Write a finished block's tensors, which count once `count` is called. Returns the sha256 of their file."""
+        return save_tensors(self._file(block), tensors)
+
+    def count(
+        self,
+        block: int,
+        sha256: str,
+        records: list[dict[str, Any]],
+        changed: Mapping[str, str] | None = None,
+        notes: Sequence[str] = (),
+        rows: int | None = None,
+    ) -> None:
+        """Write the records that make a stored block count. To be called for one block after another.
 
         Args:
-            seal: fills in what `records` and `changed` still lack; called once the tensors are written.
+            sha256: what `store` returned.
             changed: sha256 of tensors that replace the source's without being packed, by name.
             notes: what the report must say of the block.
             rows: calibration rows that went through the block at once.
         """
         if self._ready():
             self._tell()
-        digest = save_tensors(self._file(block), tensors)
-        if seal is not None:
-            seal()
         value: dict[str, Any] = {
-            "sha256": digest,
+            "sha256": sha256,
             "layers": records,
             "changed": dict(changed or {}),
             "notes": list(notes),

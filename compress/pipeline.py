@@ -195,7 +195,11 @@ def compress_blocks(
     survey = survey_model(model, plan, flow, clock, waiting) if flow is not None and plan.needs.survey else {}
     needed = [block for block in range(total) if block >= done or (flow is not None and block + 1 < total)]
     opened: list[Block] = []  # solved, and not yet written
-    with model.ahead(needed, waiting, clock.beside) as ahead, Outbox(lane_to(job.device), clock.beside) as outbox:
+    writers = 1 if waiting.device.type == "cpu" else 2  # each holds a block on the host
+    with (
+        model.ahead(needed, waiting, clock.beside) as ahead,
+        Outbox(lane_to(job.device), clock.beside, writers) as outbox,
+    ):
         for block, linears in enumerate(plan.blocks):
             if block in needed:
                 outbox.check()
@@ -246,12 +250,14 @@ def put_away(
         made.rows, notes = flows.told()
         made.notes += notes
         with clock("write"):
-            outbox.put("write", partial(write, journal, made, early))
+            stored = partial(journal.store, made.number, made.tensors)
+            outbox.put("write", stored, partial(count, journal, made, early))
 
 
-def write(journal: Journal, made: Block, early: Early | None) -> None:
-    """Write a finished block to the journal, from the host's copies. Runs in a thread, one block after another."""
-    journal.add(made.number, made.tensors, made.records, made.changed, made.notes, made.rows, made.seal)
+def count(journal: Journal, made: Block, early: Early | None, sha256: str) -> None:
+    """Let a block that was stored count. Runs in a thread, for one block after another."""
+    made.seal()
+    journal.count(made.number, sha256, made.records, made.changed, made.notes, made.rows)
     if early is not None:
         early.add(*journal.written(made.number), made.records)
 

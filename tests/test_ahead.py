@@ -12,8 +12,9 @@ import threading
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor as Thread
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import compress
-from compress import ahead, flows, hidden, passes, pipeline, stats
+from compress import ahead, flows, hidden, journal, passes, pipeline, stats
 from compress.ahead import Begun, Here, Outbox, Reader, in_order
 from compress.blocks import BlockModel, all_finite
 from compress.checkpoint import Checkpoint
@@ -260,6 +261,53 @@ def test_writing_goes_on_beside_the_next_block_in_order() -> None:
     assert order == ["next block", "first", "second"]
 
 
+def test_two_are_written_at_once_and_count_in_order() -> None:
+    both, go, order = threading.Barrier(2), threading.Event(), []
+
+    def task(i: int) -> int:
+        both.wait(LONG) if i < 2 else None  # passes only where both run at once
+        if i == 0:
+            assert go.wait(LONG)
+        order.append(f"{i} stored")
+        return i
+
+    def then(i: int) -> None:
+        order.append(f"{i} counts")
+
+    with Outbox(Here(), together=2) as outbox:
+        outbox.put("write", partial(task, 0), then)
+        outbox.put("write", partial(task, 1), then)
+        while not order:
+            outbox.check()
+        go.set()
+        outbox.put("write", partial(task, 2), then)
+    assert order[0] == "1 stored"
+    assert [o for o in order if o.endswith("counts")] == ["0 counts", "1 counts", "2 counts"]
+    assert all(order.index(f"{i} stored") < order.index(f"{i} counts") for i in range(3))
+
+
+@pytest.mark.parametrize("where", ["task", "then"])
+def test_nothing_counts_after_what_failed(where: str) -> None:
+    go, counted = threading.Event(), []
+
+    def task(i: int) -> int:
+        assert go.wait(LONG)
+        return full() if (i, where) == (0, "task") else i
+
+    def then(i: int) -> None:
+        full() if (i, where) == (0, "then") else counted.append(i)
+
+    def run() -> None:
+        with Outbox(Here(), together=2) as outbox:
+            for i in range(2):
+                outbox.put("write", partial(task, i), then)
+            go.set()
+
+    with pytest.raises(CompressError, match="No space left"):
+        run()
+    assert not counted
+
+
 def test_copies_are_there_when_tasks_run() -> None:
     seen: list[list[float]] = []
     with Outbox(Late()) as outbox:
@@ -271,7 +319,7 @@ def test_copies_are_there_when_tasks_run() -> None:
     assert seen == [[0.0, 1.0, 2.0]]
 
 
-def full() -> None:
+def full() -> NoReturn:
     raise CompressError("its 7 bytes cannot be written (No space left on device)", "block-00000.safetensors")
 
 
@@ -379,7 +427,7 @@ def test_a_run_reads_and_writes_beside_its_solver(
     """The solver waits until the next block has been read, the writer until the next block is being solved: in one
     thread after another, neither would come."""
     read, solved = Blocks(), Blocks()
-    reading, solving, writing = Checkpoint.read, pipeline.compress_block, pipeline.write
+    reading, solving, writing = Checkpoint.read, pipeline.compress_block, journal.Journal.store
 
     def slow_read(self: Checkpoint, name: str, *rest: Any) -> Tensor:
         found = reading(self, name, *rest)
@@ -392,13 +440,13 @@ def test_a_run_reads_and_writes_beside_its_solver(
         read.wait_for(block + 1)
         return solving(model, plan, block, *rest)
 
-    def slow_write(journal: Any, made: Any, early: Any) -> None:
-        solved.wait_for(made.number + 1)
-        writing(journal, made, early)
+    def slow_store(self: journal.Journal, block: int, tensors: dict[str, Tensor]) -> str:
+        solved.wait_for(block + 1)
+        return writing(self, block, tensors)
 
     monkeypatch.setattr(Checkpoint, "read", slow_read)
     monkeypatch.setattr(pipeline, "compress_block", slow_solve)
-    monkeypatch.setattr(pipeline, "write", slow_write)
+    monkeypatch.setattr(journal.Journal, "store", slow_store)
     result = compress.run(toy, compress.GPTQ(bits=4), tmp_path / "out", calib=str(text_file), **SMALL)
     assert len(result.records) == 28
     assert {"read", "digest", "write"} <= result.beside.keys()

@@ -79,16 +79,16 @@ def damage(file: Path) -> None:
 def test_a_block_that_is_wrong_on_disk_ends_the_run(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """At the next block, not after the last."""
     solved: list[int] = []
-    writing, solving, checking = pipeline.write, pipeline.compress_block, Early.check
+    counting, solving, checking = pipeline.count, pipeline.compress_block, Early.check
 
-    def bad(journal: Any, made: Any, reader: Any) -> None:
+    def bad(journal: Any, made: Any, reader: Any, sha256: str) -> None:
         def damaged(file: Path, sha256: str, records: Any) -> None:
             damage(file)
             Early.add(reader, file, sha256, records)
 
         with monkeypatch.context() as patch:
             patch.setattr(reader, "add", damaged, raising=False)
-            writing(journal, made, reader)
+            counting(journal, made, reader, sha256)
 
     def noted(model: Any, plan: Any, block: int, *rest: Any) -> Any:
         solved.append(block)
@@ -100,7 +100,7 @@ def test_a_block_that_is_wrong_on_disk_ends_the_run(toy: Path, tmp_path: Path, m
                 work.exception()
         checking(self)
 
-    monkeypatch.setattr(pipeline, "write", bad)
+    monkeypatch.setattr(pipeline, "count", bad)
     monkeypatch.setattr(pipeline, "compress_block", noted)
     monkeypatch.setattr(Early, "check", patient)
     with pytest.raises(CompressError, match=r"not the one that was written \(sha256\)"):

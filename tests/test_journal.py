@@ -77,22 +77,18 @@ def test_records_make_a_block_count(out: Path) -> None:
         assert journal.start(lambda: PRINT, fresh=False) == 1
 
 
-def test_records_are_sealed_beside_the_writing(out: Path) -> None:
-    """Digests are being worked out while tensors are written, and are asked for when those are on the disk."""
+def test_a_block_that_is_stored_does_not_count_yet(out: Path) -> None:
+    """So that the one after it may be stored before it counts: blocks count from the first on."""
     with Journal(out, overwrite=True) as journal:
         journal.start(lambda: PRINT, fresh=False)
-        tensors, records = block(0)
-        changed = {"norm": ""}
-
-        def seal() -> None:
-            assert any(name.endswith(".safetensors") for name in names(journal.folder))
-            assert not any(name.startswith("block-") and name.endswith(".json") for name in names(journal.folder))
-            records[0]["sha256_dense"] = "ab"
-            changed["norm"] = "cd"
-
-        journal.add(0, tensors, records, changed, seal=seal)
-        assert journal.records(0)[0]["sha256_dense"] == "ab"
-        assert journal.everything(1)[1] == {"norm": "cd"}
+        digests = [journal.store(i, block(i)[0]) for i in (1, 0)]
+        assert names(journal.folder) == {"block-00000.safetensors", "block-00001.safetensors"}
+    with Journal(out, overwrite=True) as journal:
+        assert journal.start(lambda: PRINT, fresh=False) == 0
+        for i in (0, 1):
+            journal.add(i, *block(i))
+            assert journal.written(i)[1] == digests[1 - i]
+            assert journal.tensors(i).keys() == block(i)[0].keys()
 
 
 def test_a_half_written_block_does_not_count(out: Path) -> None:

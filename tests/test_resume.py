@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -24,8 +25,9 @@ from safetensors.torch import load_file, save_file
 
 import compress
 from compress import api, cli, hidden, journal, output, pipeline
-from compress.ahead import Begun
+from compress.ahead import Begun, Outbox
 from compress.blocks import BlockModel
+from compress.errors import CompressError
 
 pytestmark = pytest.mark.xdist_group("resume")  # else each worker would make the undisturbed runs
 
@@ -427,9 +429,38 @@ def test_disk_full_at_every_rename(
     assert runs.files() == undisturbed("rtn")
 
 
+def test_a_full_disk_while_two_blocks_are_written(
+    runs: Runs, undisturbed: Any, solved: list[int], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a GPU. The second is on the disk before the first fails; it does not count, and is written again."""
+    storing, second = journal.Journal.store, threading.Event()
+
+    def full(self: journal.Journal, block: int, tensors: Any) -> str:
+        if block == 1:
+            assert second.wait(60.0)
+            raise CompressError("its 7 bytes cannot be written (No space left on device)", "block-00001.safetensors")
+        digest = storing(self, block, tensors)
+        if block == 2:
+            second.set()
+        return digest
+
+    with monkeypatch.context() as patch:
+        patch.setattr(journal.Journal, "store", full)
+        patch.setattr(pipeline, "Outbox", lambda lane, timed, together: Outbox(lane, timed, 2))
+        assert runs.here(runs.args("rtn")) == 2
+        assert "No space left on device" in capsys.readouterr().err
+        assert len(runs.blocks()) == 1
+        solved.clear()
+        patch.setattr(journal.Journal, "store", storing)
+        assert runs.here(runs.args("rtn")) == 0
+    assert solved == list(range(1, BLOCKS))
+    assert runs.files() == undisturbed("rtn")
+
+
 PLACES = [
     (journal, "save_tensors", 0),
-    (journal.Journal, "add", 0),
+    (journal.Journal, "store", 0),
+    (journal.Journal, "count", 0),
     (pipeline, "assemble", BLOCKS),
     (output, "write_shards", BLOCKS),
     (output, "carry_over", BLOCKS),

@@ -1,6 +1,6 @@
-"""A plugin of pytest for sanitize.py: on a GPU matrices are multiplied without cuBLAS.
+"""A plugin of pytest for sanitize.py: on a GPU matrices are multiplied without cuBLAS and cuSPARSELt.
 
-Under racecheck some of its kernels end in an illegal access and take the process with them, whether a kernel of ours
+Under racecheck some of their kernels end in an illegal access and take the process with them, whether a kernel of ours
 ran before or not; products are what tests compare with. These are sums of torch's own, and can be captured like others.
 """
 
@@ -75,6 +75,10 @@ class WithoutLibraries(TorchDispatchMode):
         dtype = kwargs.pop("out_dtype", dtype)
         found = made(*rest, **kwargs)
         return found.to(dtype) if out is None else out.copy_(found)
+
+
+def pytest_configure() -> None:
+    torch.backends.cusparselt.is_available = lambda: False
 
 
 @pytest.hookimpl(wrapper=True)

@@ -328,13 +328,13 @@ def test_tuned_norms_are_written_in_the_models_order(
 ) -> None:
     """And not in that of a set of strings, which differs from run to run: a large model's files would, too."""
     order: list[list[str]] = []
-    add = Journal.add
+    store = Journal.store
 
-    def watched(self: Any, block: int, tensors: dict[str, Tensor], *rest: Any) -> None:
+    def watched(self: Any, block: int, tensors: dict[str, Tensor]) -> str:
         order.append([n for n in tensors if n.endswith("norm.weight")])
-        add(self, block, tensors, *rest)
+        return store(self, block, tensors)
 
-    monkeypatch.setattr(Journal, "add", watched)
+    monkeypatch.setattr(Journal, "store", watched)
     steps = [{"gptq": {"bits": 2, "group_size": 32, "quality": "best"}}, {"refine": {"steps": 12, "norms": True}}]
     toy_run(make_recipe({"steps": steps}, "r", "r"), "norms", samples=32)
     both = ["input_layernorm.weight", "post_attention_layernorm.weight"]
