@@ -1,22 +1,22 @@
 """A plugin of pytest for sanitize.py: on a GPU matrices are multiplied without cuBLAS and cuSPARSELt.
 
 Under racecheck some of their kernels end in an illegal access and take the process with them, whether a kernel of ours
-ran before or not; products are what tests compare with. These are sums of torch's own, and can be captured like others.
+ran before or not; products are what tests compare with, and what our own operators end in for many tokens. These are
+sums of torch's own in the place of aten's kernels: also inside operators, and in a graph.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 #: numbers that a step holds at most
-_AT_ONCE = 1 << 27
-A = torch.ops.aten
+_AT_ONCE = 1 << 26
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
@@ -33,56 +33,66 @@ def batched(a: Tensor, b: Tensor) -> Tensor:
     return torch.stack([product(x, y) for x, y in zip(a, b, strict=True)])
 
 
-def added(c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
-    """beta c + alpha a b."""
-    return (alpha * product(a, b) + beta * c) if beta else alpha * product(a, b)
+def vector(a: Tensor, x: Tensor) -> Tensor:
+    """a [m, k] times x [k]."""
+    return product(a, x[:, None])[:, 0]
 
 
-def dense(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x [..., k] times weight [n, k], turned."""
-    out = product(x.flatten(0, -2), weight.t()).unflatten(0, x.shape[:-1])
-    return out if bias is None else out + bias
+def inner(x: Tensor, y: Tensor) -> Tensor:
+    """x [k] times y [k]."""
+    return product(x[None], y[:, None])[0, 0]
 
 
-OURS: dict[Any, Callable[..., Tensor]] = {
-    A.mm: product, A._int_mm: product, A.bmm: batched, A.addmm: added, A.linear: dense,
-    A.mv: lambda a, x: product(a, x[:, None])[:, 0], A.dot: lambda x, y: product(x[None], y[:, None])[0, 0],
-    A.baddbmm: lambda c, a, b, beta=1, alpha=1: alpha * batched(a, b) + (beta * c if beta else 0),
+def added(multiply: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Tensor]:
+    """beta c + alpha times the product."""
+
+    def sum_of(c: Tensor, a: Tensor, b: Tensor, beta: float = 1, alpha: float = 1) -> Tensor:
+        made = alpha * multiply(a, b)
+        return made + beta * c if beta else made
+
+    return sum_of
+
+
+#: for aten's names
+OURS: dict[str, Callable[..., Tensor]] = {
+    "mm": product, "bmm": batched, "dot": inner, "_int_mm": product,
+    "addmm": added(product), "baddbmm": added(batched), "addmv": added(vector),
 }  # fmt: skip
 
 
-class WithoutLibraries(TorchDispatchMode):
-    """Products of tensors on a device as `OURS` makes them, in the dtype that was asked for."""
-
-    def __init__(self, device: str = "cuda") -> None:
-        super().__init__()
-        self._device = device
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        made = OURS.get(func.overloadpacket)
-        given = [x for x in args if isinstance(x, Tensor)]
-        if made is None or given[0].device.type != self._device:
-            return func(*args, **kwargs)
-        out = kwargs.pop("out", None)
-        dtype = torch.int32 if func.overloadpacket is A._int_mm else given[0].dtype
-        rest = []
-        for x in args:
-            if isinstance(x, torch.dtype):
-                dtype = x
-            else:
-                rest.append(x)
-        dtype = kwargs.pop("out_dtype", dtype)
-        found = made(*rest, **kwargs)
-        return found.to(dtype) if out is None else out.copy_(found)
+def install(key: str = "CUDA") -> torch.library.Library:
+    """Put them in the place of aten's kernels for a dispatch key, as long as what is returned lives."""
+    library = torch.library.Library("aten", "IMPL")  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "[\\s\\S]*verriding a previously registered kernel")
+        for name, made in OURS.items():
+            overloads = [f"{name}.{o}".removesuffix(".default") for o in getattr(torch.ops.aten, name).overloads()]
+            for each in [*overloads, *([f"{name}_"] if hasattr(torch.ops.aten, f"{name}_") else [])]:
+                if torch._C._dispatch_has_kernel_for_dispatch_key(f"aten::{each}", key):
+                    _put(library, each, made, key)
+    return library
 
 
-def pytest_configure() -> None:
+def _put(library: torch.library.Library, name: str, made: Callable[..., Tensor], key: str) -> None:
+    def kernel(*args: Any, **kwargs: Any) -> Tensor:
+        out = args[0] if name.endswith("_") else kwargs.pop("out", None)
+        dtype = torch.int32 if name.startswith("_int_mm") else args[0].dtype
+        dtype = kwargs.pop("out_dtype", next((x for x in args if isinstance(x, torch.dtype)), dtype))
+        found = made(*(x for x in args if not isinstance(x, torch.dtype)), **kwargs)
+        if out is None:
+            return found.to(dtype)
+        return out.resize_(found.shape).copy_(found)  # type: ignore[no-any-return]
+
+    library.impl(name, kernel, key)
+
+
+def pytest_configure(config: pytest.Config) -> None:
     torch.backends.cusparselt.is_available = lambda: False
+    config.stash[pytest.StashKey[torch.library.Library]()] = install()
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_call(item: pytest.Item) -> Any:
-    """Attention, too, by its definition: that of the libraries multiplies matrices."""
-    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH), WithoutLibraries():
+def pytest_runtest_call() -> Any:
+    """Attention by its definition: that of the libraries multiplies matrices."""
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         return (yield)
