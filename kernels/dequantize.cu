@@ -16,7 +16,6 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
     const Layer layer = {codes, scales, offsets, table, chunks, shift};
     u8* own = shared + Weights<T>::SHARED_WEIGHTS + warp * TILE * PITCH;
 
-    const float number = Weights<T>::ahead(layer, lane);
     Weights<T> weights;
     if (chunk < chunks) {
         constexpr int bytes = Words<BITS>::BYTES;
@@ -24,7 +23,7 @@ extern "C" __global__ void __launch_bounds__(WARPS * 32)
         weights.statistics(typename Weights<T>::Place(layer, tile, lane), layer.index(chunk));
         weights.settle();
     }
-    Weights<T>::prepare_weights(shared, layer, tile, WARPS * 32, number);
+    Weights<T>::prepare_weights(shared, layer, tile, WARPS * 32);
     if (Weights<T>::SHARED_WEIGHTS) __syncthreads();
     if (chunk >= chunks) return;
 #pragma unroll

@@ -96,12 +96,6 @@ DEVICE uint2 stream8(const void* p) {
     asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0,%1}, [%2 + %3];" : "=r"(v.x), "=r"(v.y) : "l"(p), "n"(AT));
     return v;
 }
-// A number, in this order among them.
-DEVICE float stream4(const void* p) {
-    float v;
-    asm volatile("ld.global.nc.f32 %0, [%1];" : "=f"(v) : "l"(p));
-    return v;
-}
 // Bring a line to the L2. It may be one that an earlier kernel is still writing: the L2 is where its bytes arrive.
 DEVICE void prefetch(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 // From Hopper on a kernel that calls this is launched before the one before it has ended (compress/cuda/compiler.py), and

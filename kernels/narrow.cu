@@ -160,19 +160,19 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
             const u8* chunk = next_codes[i % RT] - Words<BITS>::place(lane);
             prefetch_chunk<CODE_BYTES>(chunk + i / RT * STRIDE * BAND * CODE_BYTES, lane);
         }
+    auto prepare = [&](u8* place, int tile) {
+        if (AFTER) {
+            Weights<T>::prepare_pairs(place, layer, tile, THREADS);
+        } else {
+            Weights<T>::prepare_weights(place, layer, tile, THREADS);
+        }
+    };
+    if (KIND == TABLE) prepare(shared, block_tile);
     wait_for_previous();
-    const float number = Weights<T>::ahead(layer, lane);
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) request(d, false);
 
-    auto prepare = [&](u8* place, int tile) {
-        if (AFTER) {
-            Weights<T>::prepare_pairs(place, layer, tile, THREADS, number);
-        } else {
-            Weights<T>::prepare_weights(place, layer, tile, THREADS, number);
-        }
-    };
-    for (int r = 0; r < (KIND == BOOK ? BESIDE * RT : 1); r++)
+    for (int r = 0; r < (KIND == BOOK ? BESIDE * RT : 0); r++)
         prepare(shared + r * table_bytes, min(block_tile + r, tiles - 1));
     if (tables) __syncthreads();
     if (OUTLIERS && team >= WARPS) {

@@ -78,18 +78,18 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         next_column += WARPS * CHUNK;
     };
 #pragma unroll
-    for (int i = 0; i < (KIND == TABLE ? 0 : DEPTH * RT); i++)  // a table is to come first
+    for (int i = 0; i < DEPTH * RT; i++)
         if (next + i / RT * WARPS < last) {
             const u8* chunk = next_codes[i % RT] - Words<BITS>::place(lane);
             prefetch_chunk<CODE_BYTES>(chunk + i / RT * WARPS * BAND * CODE_BYTES, lane);
         }
+    if (KIND == TABLE) Held::prepare_pairs(shared, layer, first_tile, THREADS);
     wait_for_previous();
-    const float number = Held::ahead(layer, lane);
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) request(d);
 
-    for (int r = 0; r < (KIND == BOOK ? RT : 1); r++)
-        Held::prepare_pairs(shared + r * table_bytes, layer, min(first_tile + r, tiles - 1), THREADS, number);
+    for (int r = 0; r < (KIND == BOOK ? RT : 0); r++)
+        Held::prepare_pairs(shared + r * table_bytes, layer, min(first_tile + r, tiles - 1), THREADS);
     if (tables) __syncthreads();
     if (OUTLIERS && warp >= WARPS) {
         for (int r = 2 * (warp - WARPS); r < ROWS; r += 2 * HELPERS) {  // two rows a warp

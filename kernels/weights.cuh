@@ -13,10 +13,11 @@
 // single.cu needs of each lane's statistics only those of steps 2 c and 2 c + 1 (c = lane % 4): `Weights<T, true>` holds
 // no more, and its `group` takes 0 or 1 for these steps.
 //
-// What `ahead` loads, `prepare_pairs` or `prepare_weights` puts into shared memory: a table asked for before the weights
-// does not queue behind them.
+// `prepare_pairs` and `prepare_weights` put tables into shared memory. A table for all is known when the kernel is compiled
+// (the macro NUMBERS, tables.cuh): it waits for no memory, so that this can be done before the kernel before has ended.
 #pragma once
 #include "codes.cuh"
+#include "tables.cuh"
 
 #define GRID 0
 #define TABLE 1
@@ -75,7 +76,7 @@ struct Layer {
     const u8* codes;    // [band][chunk][tile of the band], see codes.cuh
     const u8* scales;   // [tile][chunk or group][8 rows g][groups of the chunk][row g, row g + 8]
     const u8* offsets;  // likewise: zero points or minima
-    const u8* table;    // float [16]; or [row][2^BITS] as scales are stored
+    const u8* table;    // of a BOOK [row][2^BITS], as scales are stored
     int chunks;         // of a row of tiles
     int shift;          // a group covers 2^shift chunks; 31: the whole row
 
@@ -108,9 +109,8 @@ struct Weights {
     Statistics<HELD * Scale::BYTES> scale;
     Statistics<HELD * Offset::BYTES> offset;
 
-    static __device__ __forceinline__ float ahead(const Layer&, int) { return 0; }
-    static __device__ __forceinline__ void prepare_pairs(u8*, const Layer&, int, int, float) {}
-    static __device__ __forceinline__ void prepare_weights(u8*, const Layer&, int, int, float) {}
+    static __device__ __forceinline__ void prepare_pairs(u8*, const Layer&, int, int) {}
+    static __device__ __forceinline__ void prepare_weights(u8*, const Layer&, int, int) {}
 
     // Where a lane finds the statistics of a row of tiles.
     struct Place {
@@ -164,16 +164,15 @@ struct Weights {
     Words<4> words;
     Statistics<HELD * Float::BYTES> scale;
 
-    static __device__ __forceinline__ float ahead(const Layer& layer, int lane) {
-        return stream4(layer.table + lane % 16 * 4);
-    }
-    static __device__ __forceinline__ void prepare_pairs(u8* shared, const Layer&, int, int threads, float number) {
+    static __device__ __forceinline__ void prepare_pairs(u8* shared, const Layer&, int, int threads) {
+        const float number = number_of(threadIdx.x % 16);
         for (int i = threadIdx.x; i < 256 * 8; i += threads) {
             const u32 both = T::pack(__shfl_sync(~0u, number, i / 8 % 16), __shfl_sync(~0u, number, i / 128));
             ((uint4*)shared)[i] = make_uint4(both, both, both, both);
         }
     }
-    static __device__ __forceinline__ void prepare_weights(u8* shared, const Layer&, int, int threads, float number) {
+    static __device__ __forceinline__ void prepare_weights(u8* shared, const Layer&, int, int threads) {
+        const float number = number_of(threadIdx.x % 16);
         for (int i = threadIdx.x; i < 16 * 32; i += threads) ((float*)shared)[i] = __shfl_sync(~0u, number, i / 32);
     }
     struct Place {
@@ -214,14 +213,13 @@ struct Weights {
     static constexpr int SHARED_PAIRS = TILE * PITCH * 2, SHARED_WEIGHTS = SHARED_PAIRS;  // a tile
     Words<BITS> words;
 
-    static __device__ __forceinline__ float ahead(const Layer&, int) { return 0; }
-    static __device__ __forceinline__ void prepare_pairs(u8* shared, const Layer& layer, int tile, int threads, float) {
+    static __device__ __forceinline__ void prepare_pairs(u8* shared, const Layer& layer, int tile, int threads) {
         for (int i = threadIdx.x; i < TILE * ENTRIES; i += threads)
             ((u16*)shared)[i / ENTRIES * PITCH + i % ENTRIES] =
                 (u16)T::pack(Stored<SCALE>::Type::one(layer.table, (u64)tile * TILE * ENTRIES + i), 0.0f);
     }
-    static __device__ __forceinline__ void prepare_weights(u8* shared, const Layer& layer, int tile, int threads, float number) {
-        prepare_pairs(shared, layer, tile, threads, number);
+    static __device__ __forceinline__ void prepare_weights(u8* shared, const Layer& layer, int tile, int threads) {
+        prepare_pairs(shared, layer, tile, threads);
     }
     struct Place {
         __device__ __forceinline__ Place(const Layer&, int, int) {}
@@ -253,9 +251,8 @@ struct Weights {
     uint4 grids;  // of two groups
     float own[2][2][2];  // group, row, scale and offset
 
-    static __device__ __forceinline__ float ahead(const Layer&, int) { return 0; }
-    static __device__ __forceinline__ void prepare_pairs(u8*, const Layer&, int, int, float) {}
-    static __device__ __forceinline__ void prepare_weights(u8*, const Layer&, int, int, float) {}
+    static __device__ __forceinline__ void prepare_pairs(u8*, const Layer&, int, int) {}
+    static __device__ __forceinline__ void prepare_weights(u8*, const Layer&, int, int) {}
 
     struct Place {
         const u32* codes;

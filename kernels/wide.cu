@@ -55,13 +55,12 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODU
         }
         barrier_init_done();
     }
-    const float number = Weights<T>::ahead(layer, lane);
     if (KIND == BOOK) {
         for (int i = 0; i < TILES; i++)
             Weights<T>::prepare_weights(tables + i * Weights<T>::SHARED_WEIGHTS, layer, min(first_tile + i, tiles - 1),
-                                        PRODUCERS + CONSUMERS, number);
+                                        PRODUCERS + CONSUMERS);
     } else {
-        Weights<T>::prepare_weights(tables, layer, first_tile, PRODUCERS + CONSUMERS, number);
+        Weights<T>::prepare_weights(tables, layer, first_tile, PRODUCERS + CONSUMERS);
     }
     __syncthreads();
 

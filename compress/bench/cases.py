@@ -16,7 +16,6 @@ from inspect import signature
 import torch
 from torch import Tensor
 
-from compress import tables
 from compress.bench import ways
 from compress.bench.layers import Built, Case, Setting, Shape, built, codes, short, total, uniform, words
 from compress.cuda import layout, ops
@@ -77,7 +76,7 @@ def nf4(shape: Shape, setting: Setting) -> Built:
         ops.TABLE, 4, 64, shape,
         codes=words(shape, 4, setting, bytewise=True),
         scales=layout.pack_statistics(absmax, columns, 64),
-        table=tables.table("nf4", setting.device),
+        numbers="nf4",
     )  # fmt: skip
     return built(layer, columns)
 

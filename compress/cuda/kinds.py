@@ -17,13 +17,13 @@ to the scales' dtype; for up to 8 tokens they round none.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, Self
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from compress import fast, tables
+from compress import fast
 from compress.cuda import layout, ops, support
 from compress.cuda.cusparselt import PrunedValues
 from compress.cuda.eight import EightBit
@@ -198,7 +198,7 @@ class Table(_Laid):
             ops.TABLE, 4, packed.block_size, packed.shape,
             codes=layout.pack(packed.codes, 4, bytewise=True),
             scales=layout.pack_statistics(packed.block_scales().reshape(rows, -1), columns, packed.block_size),
-            table=tables.table(packed.table, packed.codes.device),
+            numbers=packed.table,
         )  # fmt: skip
         nested = (packed.absmax, packed.nested_absmax, packed.nested_offset)
         return cls(layer, columns, packed.storage, packed.dtype, *(nested if nested[1] is not None else ()))
@@ -259,7 +259,7 @@ class TwoLevel(_Laid):
         if scale.scales.dtype not in HALVES:
             return None
         codes, second = layout.pack_second_level(*_parts(scale), *_parts(zero))
-        outliers: dict[str, Tensor] = {}
+        outliers: dict[str, Any] = {}
         if isinstance(packed, Outliers):
             base = replace(inner, dtype=torch.float32).dequantize()[packed.positions()]
             steps = (packed.values.float() - base).to(packed.values.dtype)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from compress import tables
 from compress.cuda import choice, layout
 from compress.cuda.boxes import boxes
 from compress.cuda.compiler import function, launch
@@ -31,7 +32,7 @@ BUDGET = 1 << 28
 library: Any = torch.library.Library("compress", "DEF")  # type: ignore[no-untyped-call]
 _LAYER = (
     "Tensor codes, Tensor? scales, Tensor? offsets, Tensor? table, Tensor? outlier_rows, Tensor? outlier_columns,"
-    " Tensor? outlier_values, Tensor? outlier_steps, int kind, int bits, int groups, int shift, int rows"
+    " Tensor? outlier_values, Tensor? outlier_steps, int kind, str numbers, int bits, int groups, int shift, int rows"
 )
 library.define(f"linear(Tensor x, {_LAYER}) -> Tensor")
 library.define(f"dequantize({_LAYER}, int columns, ScalarType dtype) -> Tensor")
@@ -45,12 +46,13 @@ class Layer:
         codes: int32 [tiles, chunks, words], see `layout.pack`.
         scales, offsets: see `layout.pack_statistics`; offsets are uint8 zero points, or minima in the scales' dtype.
             Of BILEVEL: the second level's codes and grids.
-        table: float32 [16] of TABLE; [rows, 2**bits] of BOOK.
+        table: [rows, 2**bits] of BOOK.
         outlier_rows: int32 [rows + 1], where the outliers of each row begin.
         outlier_columns: int16, the bits of an unsigned column.
         outlier_values: the weights themselves.
         outlier_steps: what each adds to the weight that the codes give there.
         kind, bits: of the codes.
+        numbers: of TABLE: which of `compress.tables` its codes stand for; kernels are compiled with its numbers.
         groups, shift: see `layout.group_layout`.
         rows: out_features.
     """
@@ -64,6 +66,7 @@ class Layer:
     outlier_values: Tensor | None
     outlier_steps: Tensor | None
     kind: int
+    numbers: str
     bits: int
     groups: int
     shift: int
@@ -84,17 +87,19 @@ class Layer:
         outlier_columns: Tensor | None = None,
         outlier_values: Tensor | None = None,
         outlier_steps: Tensor | None = None,
+        numbers: str = "",
     ) -> Layer:
         """With the layout of a group size. Raises ValueError for one that no kernel takes."""
         tensors = (codes, scales, offsets, table, outlier_rows, outlier_columns, outlier_values, outlier_steps)
-        return cls(*tensors, kind, bits, *layout.group_layout(group_size), shape[0])
+        return cls(*tensors, kind, numbers, bits, *layout.group_layout(group_size), shape[0])
 
     @property
-    def arguments(self) -> tuple[Tensor | int | None, ...]:
+    def arguments(self) -> tuple[Tensor | int | str | None, ...]:
         """Of the operators, in their order."""
         return (
             self.codes, self.scales, self.offsets, self.table, self.outlier_rows, self.outlier_columns,
-            self.outlier_values, self.outlier_steps, self.kind, self.bits, self.groups, self.shift, self.rows,
+            self.outlier_values, self.outlier_steps, self.kind, self.numbers, self.bits, self.groups, self.shift,
+            self.rows,
         )  # fmt: skip
 
     @property
@@ -105,7 +110,7 @@ class Layer:
         """Its rows start .. stop - 1, without outliers; start is a multiple of a band's rows."""
         tiles = slice(start // layout.TILE, layout.tiles(stop))
         bands = slice(tiles.start // layout.BAND, -(-tiles.stop // layout.BAND))
-        rows = slice(start, layout.TILE * tiles.stop) if self.kind == BOOK else slice(None)
+        rows = slice(start, layout.TILE * tiles.stop)
         return replace(
             self,
             codes=self.codes[bands],
@@ -127,6 +132,8 @@ class Layer:
         own: tuple[tuple[str, int | str], ...] = (
             ("KIND", self.kind), ("BITS", self.bits), ("GROUPS", self.groups), ("SCALE", scale), ("OFFSET", offset),
         )  # fmt: skip
+        if self.kind == TABLE:
+            own += (("NUMBERS", tables.NAMES.index(self.numbers)),)
         return Kernel(name, f"{name}.cu", (*own, ("T", _NAMES[dtype]), *more), hopper)
 
     @property
@@ -235,13 +242,13 @@ def _dequantize(layer: Layer, columns: int, dtype: torch.dtype) -> Tensor:
     warps = 4
     out = torch.empty(layer.rows, columns, dtype=dtype, device=layer.codes.device)
     kernel = layer.kernel("dequantize", dtype, ("WARPS", warps))
-    tables = {TABLE: 16 * 32 * 4, BOOK: 16 * (2**layer.bits + 2) * 2}.get(layer.kind, 0)
+    numbers = {TABLE: 16 * 32 * 4, BOOK: 16 * (2**layer.bits + 2) * 2}.get(layer.kind, 0)
     launch(
         function(kernel, out.device.index),
         (-(-layer.chunks // warps), layout.tiles(layer.rows)),
         (32 * warps,),
         (*layer.weight, out, layer.rows, columns, layer.chunks, layer.shift),
-        tables + warps * 16 * _PITCH,
+        numbers + warps * 16 * _PITCH,
         out,
     )
     if layer.outlier_rows is not None and layer.outlier_columns is not None and layer.outlier_values is not None:
@@ -265,9 +272,8 @@ def plain(layer: Layer, columns: int, dtype: torch.dtype) -> Tensor:
         return layout.unpack_statistics(packed, layer.rows, groups)[:, column]
 
     if layer.kind == TABLE:
-        assert layer.table is not None
         assert layer.scales is not None
-        dense = layer.table[codes.long()] * statistic(layer.scales)
+        dense = tables.table(layer.numbers, codes.device)[codes.long()] * statistic(layer.scales)
     elif layer.kind == BOOK:
         assert layer.table is not None
         dense = layer.table[: layer.rows].gather(1, codes.long())

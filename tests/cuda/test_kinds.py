@@ -1,11 +1,13 @@
 """Layers in fragment order: nothing is lost on the way there and back, and the product is that of the packed kind."""
 
+import re
+
 import pytest
 import torch
 from torch import Tensor
 
 from compress import fast, tables
-from compress.cuda import choice, kinds, layout, ops
+from compress.cuda import choice, kinds, layout, ops, source
 from compress.linear import PackedLinear
 from compress.packed.affine import Affine
 from compress.packed.bilevel import BiLevel, Statistic
@@ -326,5 +328,11 @@ def test_every_launch_shape(tokens):
         close(out, x, dense)
 
 
-def test_tables_have_sixteen_values():
-    assert all(tables.table(name).shape == (16,) for name in tables.NAMES)
+def test_kernels_have_the_numbers_of_the_tables():
+    """kernels/tables.cuh, in the order of `tables.NAMES`, to the last bit."""
+    text = source.text("tables.cuh")
+    written = re.findall(r"NUMBERS == (\d+)  // (\S+)\n[^{]*\{([^}]*)\}", text)
+    assert [(int(number), name) for number, name, _ in written] == list(enumerate(tables.NAMES))
+    for _, name, values in written:
+        found = torch.tensor([float.fromhex(v.strip(" \nf")) for v in values.split(",") if v.strip()])
+        assert torch.equal(found.view(torch.int32), tables.table(name).view(torch.int32))

@@ -287,10 +287,6 @@ DEVICE uint2 stream8(const void* p) {
     shim::check_global("stream8", (const u8*)p + bytes, 8);
     return *(const uint2*)((const u8*)p + bytes);
 }
-DEVICE float stream4(const void* p) {
-    shim::check_global("stream4", (const u8*)p, 4);
-    return *(const float*)p;
-}
 DEVICE void prefetch(const void*) {}
 DEVICE void wait_for_previous() {}
 DEVICE void next_may_begin() {}
