@@ -40,6 +40,10 @@ DEVICE void copy_box(u32 shared, const Boxes* boxes, int row, int column, u64* b
                  ::"r"(shared), "l"(boxes), "r"(column), "r"(row), "r"(shared_address(barrier))
                  : "memory");
 }
+// Bytes that follow each other, a multiple of 16, to the L2. As `prefetch`.
+DEVICE void prefetch_run(const void* global, u32 bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(global), "r"(bytes) : "memory");
+}
 // Bytes that follow each other, a multiple of 16.
 DEVICE void copy_run(u32 shared, const void* global, u32 bytes, u64* barrier) {
     asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(shared),

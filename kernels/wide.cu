@@ -48,20 +48,26 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODU
 
     const int lane = threadIdx.x % 32;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows it to be the warp's
+    // codes of a chunk, from tile t of the block on; a band past the last is that again, for nothing
+    auto band = [&](int chunk, int t) {
+        return layer.row(min(first_tile + t, last_band), CODE_BYTES) + (u64)chunk * (BAND * CODE_BYTES);
+    };
     if (threadIdx.x == 0) {
+        for (int i = 0; i < min(STAGES, count); i++)
+            for (int t = 0; t < TILES; t += BAND) prefetch_run(band(begin + i, t), BAND * CODE_BYTES);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + i, 1);
             barrier_init(empty + i, PAIR / 32 * ARRIVALS);
         }
         barrier_init_done();
     }
-    if (KIND == BOOK) {
+    if (KIND == TABLE) Weights<T>::prepare_weights(tables, layer, first_tile, PRODUCERS + CONSUMERS);
+    wait_for_previous();
+    next_may_begin();  // on multiprocessors that have room: it has its codes fetched meanwhile
+    if (KIND == BOOK)
         for (int i = 0; i < TILES; i++)
             Weights<T>::prepare_weights(tables + i * Weights<T>::SHARED_WEIGHTS, layer, min(first_tile + i, tiles - 1),
                                         PRODUCERS + CONSUMERS);
-    } else {
-        Weights<T>::prepare_weights(tables, layer, first_tile, PRODUCERS + CONSUMERS);
-    }
     __syncthreads();
 
     if (warp < PRODUCERS / 32) {
@@ -72,10 +78,8 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(PRODU
                 if (i >= STAGES) barrier_wait(empty + stage, (i / STAGES - 1) & 1);
                 const u32 place = shared_address(stages + stage * STAGE_BYTES);
                 barrier_expect(full + stage, X_BYTES + TILES * CODE_BYTES);
-                for (int t = 0; t < TILES; t += BAND)  // a band past the last fetches that again, for nothing
-                    copy_run(place + X_BYTES + t * CODE_BYTES,
-                             layer.row(min(first_tile + t, last_band), CODE_BYTES) + (u64)chunk * (BAND * CODE_BYTES),
-                             BAND * CODE_BYTES, full + stage);
+                for (int t = 0; t < TILES; t += BAND)
+                    copy_run(place + X_BYTES + t * CODE_BYTES, band(chunk, t), BAND * CODE_BYTES, full + stage);
                 for (int h = 0; h < 2; h++)
                     copy_box(place + h * HALF_BYTES, &x, first_token, chunk * CHUNK + h * 64, full + stage);
             }

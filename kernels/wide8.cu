@@ -45,13 +45,23 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(THREA
 
     const int lane = threadIdx.x % 32;
     const int warp = __shfl_sync(~0u, threadIdx.x / 32, 0);  // so that the compiler knows it to be the warp's
+    // weights of a chunk, or outliers, from tile t of the block on; a band past the last is that again, for nothing
+    auto band_of = [&](int chunk, int t) {
+        const int band = min(first_tile + t, last_band);
+        return OUTLIERS && chunk >= chunks ? part_of(outliers, band, chunk - chunks, outlier_chunks)
+                                           : part_of(codes, band, chunk, chunks);
+    };
     if (threadIdx.x == 0) {
+        for (int i = 0; i < min(STAGES, end - begin); i++)
+            for (int t = 0; t < TILES; t += BAND) prefetch_run(band_of(begin + i, t), BAND * WEIGHT_BYTES);
         for (int i = 0; i < STAGES; i++) {
             barrier_init(full + i, 1);
             barrier_init(empty + i, CONSUMERS / 32 * ARRIVALS);
         }
         barrier_init_done();
     }
+    wait_for_previous();
+    next_may_begin();  // on multiprocessors that have room: it has its codes fetched meanwhile
     __syncthreads();
 
     if (warp >= CONSUMERS / 32) {
@@ -62,12 +72,8 @@ extern "C" __global__ void __cluster_dims__(1, 1, SPLIT) __launch_bounds__(THREA
                 const u32 place = shared_address(shared + stage * STAGE_BYTES);
                 if (i >= STAGES) barrier_wait(empty + stage, (i / STAGES - 1) & 1);
                 barrier_expect(full + stage, STAGE_BYTES);
-                for (int t = 0; t < TILES; t += BAND) {  // a band past the last fetches that again, for nothing
-                    const int band = min(first_tile + t, last_band);
-                    const u8* part = part_of(codes, band, chunk, chunks);
-                    if (OUTLIERS && chunk >= chunks) part = part_of(outliers, band, chunk - chunks, outlier_chunks);
-                    copy_run(place + X_BYTES + t * WEIGHT_BYTES, part, BAND * WEIGHT_BYTES, full + stage);
-                }
+                for (int t = 0; t < TILES; t += BAND)
+                    copy_run(place + X_BYTES + t * WEIGHT_BYTES, band_of(chunk, t), BAND * WEIGHT_BYTES, full + stage);
                 copy_box(place, &x, first_token, chunk * (INPUT_BYTES / 2), full + stage);  // in 16-bit numbers
             }
         }

@@ -125,7 +125,8 @@ def launch(
         grid: blocks, up to three numbers.
         block: threads, up to three numbers.
         args: one a parameter. int: any integer, or a pointer (data_ptr(), the quickest); Tensor: its pointer; float:
-            float32; None: a null pointer. Other types go to CuPy as they are (numpy scalars keep theirs).
+            float32; None: a null pointer; numpy array: its bytes, for a struct. Other types go to CuPy as they are, if
+            the kernel is not `early` (numpy scalars keep theirs).
         shared: bytes of dynamic shared memory.
         x: any tensor of the device.
 
@@ -181,7 +182,9 @@ def _launch_early(
 
 
 def _number(value: Any) -> Any:
-    """A parameter's bytes; of a whole number an `int` parameter takes the lower 4."""
+    """A parameter's bytes: of a whole number an `int` parameter takes the lower 4; of a numpy array all."""
+    if isinstance(value, numpy.ndarray):
+        return (ctypes.c_char * value.nbytes).from_buffer_copy(value.tobytes())
     return ctypes.c_float(value) if isinstance(value, float) else ctypes.c_longlong(_argument(value))
 
 

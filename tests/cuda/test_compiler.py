@@ -143,7 +143,7 @@ class Driver:
         )
         return self.error
 
-    types = (ctypes.c_longlong, ctypes.c_int, ctypes.c_float, ctypes.c_longlong)
+    types = (ctypes.c_longlong, ctypes.c_int, ctypes.c_float, ctypes.c_longlong, ctypes.c_char * 5)
 
 
 @pytest.mark.parametrize(("driver", "early"), [(13000, True), (12020, False)])
@@ -153,15 +153,15 @@ def test_a_kernel_that_waits_itself_is_launched_early(
     monkeypatch.setattr(compiler, "text", lambda file: "wait_for_previous();")
     monkeypatch.setattr(compiler, "driver_version", lambda: driver)
     monkeypatch.setattr(compiler, "_driver", lambda: asked)
-    asked = Driver()
+    asked, struct = Driver(), numpy.frombuffer(b"boxes", dtype="V5").reshape(())
     made = function(NARROW, 0)
     assert made.early is early
-    launch(made, (7, 2), (256,), [1 << 40, -3, 0.5, None], 4096, on(0))
+    launch(made, (7, 2), (256,), [1 << 40, -3, 0.5, None, struct], 4096, on(0))
     assert bool(asked.calls) is early
     if early:
         [(grid, block, shared, _, count, kind, value, values)] = asked.calls
         assert (grid, block, shared, count, kind, value) == ([7, 2, 1], [256, 1, 1], 4096, 1, 6, 1)
-        assert values == [1 << 40, -3, 0.5, 0]
+        assert values == [1 << 40, -3, 0.5, 0, b"boxes"]
         asked.error = 701
         with pytest.raises(CompressError, match=r"CUDA error 701"):
-            launch(made, (7,), (256,), [0, 0, 0.0, 0], 0, on(0))
+            launch(made, (7,), (256,), [0, 0, 0.0, 0, struct], 0, on(0))

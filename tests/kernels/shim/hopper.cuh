@@ -127,6 +127,7 @@ DEVICE void copy_box(u32 shared, const Boxes* boxes, int row, int column, u64* b
     shim::box(shim::box_place(shared), boxes, row, column);
     shim::landed(barrier, (u32)boxes->opaque[3] * 128);
 }
+DEVICE void prefetch_run(const void* global, u32) { shim::check_global("prefetch_run", global, 16); }
 DEVICE void copy_run(u32 shared, const void* global, u32 bytes, u64* barrier) {
     shim::check_global("copy_run", global, 16);
     __builtin_memcpy(shim::shared_place("copy_run", shared, 16, bytes), global, bytes);
