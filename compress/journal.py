@@ -190,7 +190,7 @@ class Journal:
         changed: Mapping[str, str] | None = None,
         notes: Sequence[str] = (),
         rows: int | None = None,
-    ) -> None:
+    ) -> Path:
         """Write the records that make a stored block count. To be called for one block after another.
 
         Args:
@@ -198,6 +198,9 @@ class Journal:
             changed: sha256 of tensors that replace the source's without being packed, by name.
             notes: what the report must say of the block.
             rows: calibration rows that went through the block at once.
+
+        Returns:
+            the file of its tensors.
         """
         if self._ready():
             self._tell()
@@ -210,6 +213,7 @@ class Journal:
         if rows is not None:
             value["rows"] = rows
         write_json(self._records(block), value)
+        return self._file(block)
 
     def settle(self) -> None:
         """Once the blocks are written or given up: what the run is, without which they would not count."""

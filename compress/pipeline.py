@@ -257,9 +257,9 @@ def put_away(
 def count(journal: Journal, made: Block, early: Early | None, sha256: str) -> None:
     """Let a block that was stored count. Runs in a thread, for one block after another."""
     made.seal()
-    journal.count(made.number, sha256, made.records, made.changed, made.notes, made.rows)
+    file = journal.count(made.number, sha256, made.records, made.changed, made.notes, made.rows)
     if early is not None:
-        early.add(*journal.written(made.number), made.records)
+        early.add(file, sha256, made.records)
 
 
 def place_ahead(job: Job, plan: Plan) -> Lane:
