@@ -379,6 +379,14 @@ class BlockModel:
         if block == len(self._blocks):
             self.logits(hidden, torch.zeros(shape, dtype=torch.int64))
             return hidden
+        return self._made(block, hidden, shape)
+
+    def traced(self, block: int, hidden: Tensor, shape: tuple[int, int]) -> Tensor:
+        """`run` of a block, with gradients of what its layers make; quantised inputs are taken as they were before."""
+        with torch.enable_grad():
+            return self._made(block, hidden.detach().requires_grad_().clone(), shape)  # which a block may write into
+
+    def _made(self, block: int, hidden: Tensor, shape: tuple[int, int]) -> Tensor:
         fused = [(self.model.get_parameter(p).data, slices) for p, slices in self._experts_packed.items()]
         with computing.Experts(fused) if fused else contextlib.nullcontext():
             return self._called(block, hidden, shape, self._blocks[block])

@@ -280,13 +280,17 @@ class Activations:
             try:
                 return work()
             except RuntimeError as error:
-                if self.rows == 1 or not _out_of_memory(error):
+                if self.rows == 1 or not out_of_memory(error):
                     raise
             self._notes.append(f"out of device memory with {self.rows} rows at once: {self.rows // 2} from there on")
             self.rows //= 2
             gc.collect()  # only here is all that `work` made out of reach
             self.replays.close()
             torch.cuda.empty_cache()
+
+    def note(self, text: str) -> None:
+        """Let the report say something."""
+        self._notes.append(text)
 
     def told(self) -> list[str]:
         """What the report must say and was not told before."""
@@ -303,7 +307,8 @@ def _joined(pieces: list[Tensor]) -> Tensor:
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
 
 
-def _out_of_memory(error: RuntimeError) -> bool:
+def out_of_memory(error: RuntimeError) -> bool:
+    """Whether it was for want of memory on the device."""
     return isinstance(error, torch.OutOfMemoryError) or any(text in str(error) for text in _NO_MEMORY)
 
 

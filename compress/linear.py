@@ -33,9 +33,14 @@ _SLICED = ("uniform", "affine", "codebook", "dense", "outlier_columns", "sparse"
 
 
 def install(module: nn.Module, packed: Packed) -> None:
-    """Let a linear module (nn.Linear, Conv1D) compute with its packed weight. Undone by `remove`."""
+    """Let a linear module (nn.Linear, Conv1D) compute with its packed weight. Undone by `remove`.
+
+    Where gradients are asked for, it computes with its dense weight: rounded inputs have none.
+    """
 
     def forward(x: Tensor) -> Tensor:
+        if x.requires_grad:
+            return type(module).forward(module, x)  # type: ignore[no-any-return]
         out = packed.linear(x)
         bias = module.bias
         return out if bias is None else out + bias.to(out.dtype)  # type: ignore[operator]
@@ -77,7 +82,7 @@ class Experts(TorchFunctionMode):
         bias = args[2] if len(args) > 2 else kwargs.get("bias")
         x, weight = args[0], args[1] if len(args) > 1 else kwargs["weight"]
         out = F.linear(x, weight)
-        for first, packed in slices:
+        for first, packed in () if x.requires_grad else slices:
             out[..., first : first + packed.shape[0]] = packed.linear(x)
         return out if bias is None else out + bias
 

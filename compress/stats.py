@@ -1,4 +1,4 @@
-"""Statistics of what enters each linear layer of a block, by hooks (which only this file and folding/tap.py have).
+"""Statistics of what enters each linear layer of a block, by hooks (as have sensitivity.py, folding/tap.py).
 
 Layers that are fed the same tensor (q, k, v; gate, up) share one set. Experts of a fused 3-D tensor are seen at
 their calls of `torch.nn.functional.linear`, which the eager experts implementation makes once an expert.
@@ -18,7 +18,8 @@ from torch.overrides import TorchFunctionMode
 from compress.ahead import Timed, untimed
 from compress.blocks import BlockModel, Linear
 from compress.errors import CompressError
-from compress.hidden import Activations
+from compress.hidden import Activations, out_of_memory
+from compress.sensitivity import Shares, Slopes
 from compress.types import LayerStats, Needs, Past
 
 
@@ -29,10 +30,12 @@ class Inputs:
     Attributes:
         linears: they share in_features and the statistics.
         stats: of their input.
+        weighted: tokens count by what an error there does.
     """
 
     linears: list[Linear]
     stats: LayerStats
+    weighted: bool = False
 
     @property
     def stage(self) -> str:
@@ -51,13 +54,14 @@ class _Sum:
     mean_abs: Tensor | None = None
     mean: Tensor | None = None
     above: Tensor | None = None
+    mass: Tensor | None = None  # of the tokens' weights
 
     def add(self, x: Tensor) -> None:
         x = x.reshape(-1, x.shape[-1])
         if not len(x):
             return
         self.tokens += len(x)
-        if self.needs.hessian:
+        if self.needs.hessian and not self.needs.weighted:
             if self.hessian is None:
                 self.hessian = torch.zeros(x.shape[1], x.shape[1], device=x.device)
             accumulate(self.hessian, x)
@@ -69,7 +73,15 @@ class _Sum:
         if self.needs.above is not None:
             self.above = _joined(torch.add, self.above, (x.abs() >= self.needs.above).sum(0, dtype=torch.float32))
 
-    def finish(self, width: int, device: torch.device) -> tuple[LayerStats, Tensor]:
+    def add_weighted(self, x: Tensor, weights: Tensor) -> None:
+        """To the Hessian alone."""
+        if self.hessian is None or self.mass is None:
+            self.hessian = torch.zeros(x.shape[-1], x.shape[-1], device=x.device)
+            self.mass = torch.zeros((), dtype=torch.float64, device=x.device)
+        accumulate(self.hessian, x.reshape(-1, x.shape[-1]), None, weights.flatten())
+        self.mass += weights.sum(dtype=torch.float64)
+
+    def finish(self, width: int, device: torch.device) -> tuple[Inputs, Tensor]:
         """The sums as means, in their place, and whether they are finite (bool, on the device).
 
         Statistics that no input ever reached are zeros.
@@ -85,7 +97,7 @@ class _Sum:
         hessian: Tensor | None = None
         if self.needs.hessian:
             hessian = torch.zeros(width, width, device=device) if self.hessian is None else self.hessian
-            hessian.div_(float(count))
+            hessian.div_(float(count) if self.mass is None else self.mass.float().clamp(min=1e-38))
         absmax = (none if self.absmax is None else self.absmax) if self.needs.ranges else None
         found = LayerStats(
             self.tokens,
@@ -96,24 +108,42 @@ class _Sum:
             mean(self.above, self.needs.above is not None),
         )
         looked = [hessian.diagonal() if hessian is not None else none, none if absmax is None else absmax]
-        return found, torch.stack([torch.isfinite(x).all() for x in looked]).all()
+        return Inputs(self.linears, found, self.mass is not None), torch.stack(
+            [torch.isfinite(x).all() for x in looked]
+        ).all()
 
 
 def _joined(how: Callable[[Tensor, Tensor], Tensor], old: Tensor | None, new: Tensor) -> Tensor:
     return new if old is None else how(old, new)
 
 
-def accumulate(total: Tensor, x: Tensor, other: Tensor | None = None) -> None:
+def accumulate(total: Tensor, x: Tensor, other: Tensor | None = None, weights: Tensor | None = None) -> None:
     """total += y^T x in float32, y = x unless another is given. total: float32 [in, in], x, y: [tokens, in].
+
+    weights: float32 [tokens], what each token counts.
 
     On a GPU 16-bit activations are multiplied as they are: their products are exact in float32, and the sum runs in
     float32. On a CPU they are widened first, since its 16-bit product would round the sum.
     """
     y = x if other is None else other
+    if weights is not None:
+        return _accumulate_weighted(total, x, y, weights)
     if x.device.type == "cuda" and x.dtype != torch.float32:
         total += torch.mm(y.t(), x, out_dtype=torch.float32)
     else:
         total.addmm_(y.float().t(), x.float())
+
+
+def _accumulate_weighted(total: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> None:
+    root = weights.sqrt()
+    top = root.amax().clamp_(min=1e-30)
+    share = (root / top)[:, None]  # at most 1, so that 16 bits hold what they multiply
+    if x.device.type == "cuda" and x.dtype != torch.float32:
+        share = share.to(x.dtype)  # both sides by the same number: the sum is of squares, whatever it was rounded to
+        product = torch.mm((y * share).t(), x * share, out_dtype=torch.float32)
+    else:
+        product = (y.float() * share).t() @ (x.float() * share)
+    total.addcmul_(product, top.square())
 
 
 def collect(
@@ -135,24 +165,35 @@ def collect(
     Raises:
         CompressError: an activation is NaN or infinite (names the layer); a layer that no input ever reached.
     """
-    sums = activations.within(lambda: _added_up(model, block, linears, activations, needs, clock))
+    if block == len(model.block_names) or not needs.hessian:
+        needs = replace(needs, weighted=False)
+    try:
+        sums = activations.within(lambda: _added_up(model, block, linears, activations, needs, clock))
+    except RuntimeError as error:
+        if not needs.weighted or out_of_memory(error):
+            raise
+        activations.note(
+            f"a block cannot be differentiated ({str(error).splitlines()[0][:120]}): its tokens count alike"
+        )
+        needs = replace(needs, weighted=False)
+        sums = activations.within(lambda: _added_up(model, block, linears, activations, needs, clock))
     reached = {linear.name for s in sums for linear in s.linears}
     missed = [linear for linear in linears if linear.name not in reached]
     sums += [_Sum([linear], needs) for linear in missed]
     means = [s.finish(s.linears[0].shape[1], model.device) for s in sums]
     finite = torch.stack([good for _, good in means]).tolist() if means else []
-    for s, good in zip(sums, finite, strict=True):
+    for (found, _), good in zip(means, finite, strict=True):
         if not good:
             raise CompressError(
                 "its input holds NaN or infinity (or overflows float32 when squared)",
-                s.linears[0].name,
+                found.linears[0].name,
                 "the checkpoint is damaged, or its activations overflow: try --dtype float32",
             )
     for linear in missed:
         if linear.expert is None:
             remedy = f"--exclude '{linear.name}' leaves it dense"
             raise CompressError("calibration never reached this layer", linear.name, remedy)
-    return [Inputs(s.linears, found) for s, (found, _) in zip(sums, means, strict=True)]
+    return [found for found, _ in means]
 
 
 #: of so many pieces of the rows the last is held out
@@ -175,7 +216,7 @@ def collect_past(
     for group in groups:
         found = sums.get(group.linears[0].name)
         past = None if found is None else found.past()
-        out.append(Inputs(group.linears, replace(group.stats, past=past)))
+        out.append(Inputs(group.linears, replace(group.stats, past=past), group.weighted))
     return out
 
 
@@ -184,25 +225,29 @@ class _Both:
     """Sums over seen and held rows, in this order."""
 
     tokens: list[int] = field(default_factory=lambda: [0, 0])
+    mass: list[float | Tensor] = field(default_factory=lambda: [0.0, 0.0])  # of the tokens' weights
     cross: list[Tensor] = field(default_factory=list)
     own: list[Tensor] = field(default_factory=list)
 
-    def add(self, part: int, original: Tensor, x: Tensor) -> None:
+    def add(self, part: int, original: Tensor, x: Tensor, weights: Tensor | None = None) -> None:
         original, x = (t.reshape(-1, t.shape[-1]) for t in (original, x))
         if not self.cross:
             self.cross, self.own = (
                 [x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float32) for _ in "12"] for _ in "12"
             )
+        weights = None if weights is None else weights.flatten()
         self.tokens[part] += len(x)
-        accumulate(self.cross[part], x, original)
-        accumulate(self.own[part], x)
+        self.mass[part] += len(x) if weights is None else weights.sum(dtype=torch.float64)
+        accumulate(self.cross[part], x, original, weights)
+        accumulate(self.own[part], x, None, weights)
 
     def past(self) -> Past | None:
         """None where one of the parts is empty."""
-        if not all(self.tokens):
+        mass = [float(m) for m in self.mass]
+        if not all(self.tokens) or not all(mass):
             return None
-        cross, own = ([t / n for t, n in zip(sums, self.tokens, strict=True)] for sums in (self.cross, self.own))
-        share = self.tokens[1] / sum(self.tokens)
+        cross, own = ([t / m for t, m in zip(sums, mass, strict=True)] for sums in (self.cross, self.own))
+        share = mass[1] / sum(mass)
         return Past(cross[0] - own[0], cross[1] - own[1], own[1], share)
 
 
@@ -210,7 +255,16 @@ def _compared(
     model: BlockModel, block: int, groups: list[Inputs], activations: Activations, originals: Activations
 ) -> dict[str, _Both]:
     sums = {group.linears[0].name: _Both() for group in groups}
-    seen: dict[str, Tensor] = {}
+    of = {linear.name: group for group in groups for linear in group.linears}
+    seen: dict[str, Tensor] = {}  # what entered in the last run
+    part, shares = 0, Shares()
+
+    def tell(name: str, x: Tensor, weights: Tensor) -> None:
+        first = of[name].linears[0].name
+        mean = shares.add(first, len(of[name].linears), weights)
+        if mean is not None:
+            sums[first].add(part, before[first], x, mean)
+
     pieces = sum(-(-len(activations.batch(i)) // activations.rows) for i in range(len(activations)))
     with ExitStack() as stack:
         for group in groups:
@@ -218,14 +272,23 @@ def _compared(
             module = model.model.get_submodule(linear.param.rpartition(".")[0])
             handle = module.register_forward_pre_hook(lambda _, args, name=linear.name: seen.__setitem__(name, args[0]))
             stack.callback(handle.remove)
+        weighed = [linear for group in groups if group.weighted for linear in group.linears]
+        slopes = stack.enter_context(Slopes(model, weighed, tell))
         both = zip(activations.pieces(), originals.pieces(activations.rows), strict=True)
+        first = 0
         for i, (ours, theirs) in enumerate(both):
             part = int(i % _HELD == _HELD - 1 or (pieces < _HELD and i == pieces - 1))
             originals.run(block, theirs)
             before = dict(seen)
-            activations.run(block, ours)
-            for name, both_sums in sums.items():
-                both_sums.add(part, before[name], seen[name])
+            if weighed:
+                slopes.run(block, ours, activations.tokens.shape[1], first)
+            else:
+                activations.run(block, ours)
+            first += len(ours)
+            for group in groups:
+                name = group.linears[0].name
+                if not group.weighted:
+                    sums[name].add(part, before[name], seen[name].detach())
     return sums
 
 
@@ -242,7 +305,9 @@ class Shared:
         if key not in self._found:
             self._found[key] = make()
         mine = {linear.name: linear for linear in linears}
-        return [Inputs([mine[x.name] for x in group.linears], group.stats) for group in self._found[key]]
+        return [
+            Inputs([mine[x.name] for x in group.linears], group.stats, group.weighted) for group in self._found[key]
+        ]
 
 
 def _added_up(
@@ -251,7 +316,13 @@ def _added_up(
     """The sums of one run over all batches."""
     sums: dict[str, _Sum] = {}
     with _Watch(model, linears, sums, needs, clock) as watch:
-        for _ in activations.through(block):
+        first = 0
+        for states in activations.pieces():
+            if watch.slopes is None:
+                activations.run(block, states)
+            else:
+                watch.slopes.run(block, states, activations.tokens.shape[1], first)
+            first += len(states)
             watch.first = False
             for s in sums.values():
                 s.seen.clear()
@@ -270,6 +341,7 @@ class _Watch(TorchFunctionMode):
         self._needs = needs
         self._sums = sums
         self._by_address: dict[tuple[int, tuple[int, ...], int], str] = {}
+        self._owner: dict[str, str] = {}  # whose sum a layer's inputs are in
         self._stack = ExitStack()
         self._experts: list[tuple[int, int, int, dict[int, list[Linear]]]] = []
         fused: dict[str, dict[int, list[Linear]]] = {}
@@ -284,6 +356,11 @@ class _Watch(TorchFunctionMode):
             data = model.model.get_parameter(param)
             step = data[0].numel() * data.element_size()
             self._experts.append((data.data_ptr(), step, len(data), experts))
+        self._shares = Shares()
+        self.slopes: Slopes | None = None
+        if needs.weighted:
+            modules = [linear for linear in linears if linear.expert is None]
+            self.slopes = self._stack.enter_context(Slopes(model, modules, self._counts))
 
     def __exit__(self, *exc: Any) -> None:
         self._stack.close()
@@ -299,7 +376,7 @@ class _Watch(TorchFunctionMode):
         """First batch: layers fed the very same memory join one sum. Later: only the sum's first layer adds."""
         if self.first:
             address = (x.data_ptr(), tuple(x.shape), x._version)
-            owner = self._by_address.setdefault(address, linear.name)
+            owner = self._owner[linear.name] = self._by_address.setdefault(address, linear.name)
             if owner != linear.name:
                 self._sums[owner].linears.append(linear)
                 return
@@ -308,17 +385,26 @@ class _Watch(TorchFunctionMode):
             self._add(linear.name, x)
 
     def _add(self, name: str, x: Tensor) -> None:
-        with self._clock("hessian"):
+        with self._clock("hessian"), torch.no_grad():
             self._sums[name].add(x)
+
+    def _counts(self, name: str, x: Tensor, weights: Tensor) -> None:
+        with self._clock("hessian"):
+            owner = self._owner.get(name, name)
+            members = len(self._sums[owner].linears) if name in self._owner else 1  # an expert's share one call
+            mean = self._shares.add(owner, members, weights)
+            if mean is not None:
+                self._sums[owner].add_weighted(x, mean)
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        out = func(*args, **(kwargs or {}))
         if func is torch.nn.functional.linear and self._experts:
-            self._expert(args[0], args[1] if len(args) > 1 else (kwargs or {})["weight"])
-        return func(*args, **(kwargs or {}))
+            self._expert(args[0], args[1] if len(args) > 1 else (kwargs or {})["weight"], out)
+        return out
 
-    def _expert(self, x: Tensor, weight: Tensor) -> None:
+    def _expert(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         for start, step, count, experts in self._experts:
             index, inside = divmod(weight.data_ptr() - start, step)
             if inside == 0 and 0 <= index < count and index in experts:
@@ -326,4 +412,6 @@ class _Watch(TorchFunctionMode):
                 if mine[0].name not in self._sums:
                     self._sums[mine[0].name] = _Sum(list(mine), self._needs)
                 self._add(mine[0].name, x)
+                if self.slopes is not None and len(x):
+                    self.slopes.watch(mine[0].name, x, out)
                 return

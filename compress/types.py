@@ -18,6 +18,8 @@ class Needs:
 
     Attributes:
         hessian: the mean of x x^T.
+        weighted: of each layer its own, in which tokens count by what an error there does to the block's output
+            (compress/sensitivity.py), for all steps with a Hessian; the head's has none of this.
         ranges: of each feature the largest and the mean magnitude, and the mean.
         above: the share of tokens in which a feature's magnitude reaches this number.
         survey: the same share over the blocks of the model, from a run through all of them before any is compressed.
@@ -31,6 +33,7 @@ class Needs:
     survey: bool = False
     outputs: bool = False
     past: bool = False
+    weighted: bool = False
 
     def __bool__(self) -> bool:
         return self.hessian or self.ranges or self.above is not None or self.survey or self.outputs or self.past
@@ -55,6 +58,7 @@ class Needs:
             self.survey or other.survey,
             self.outputs or other.outputs,
             self.past or other.past,
+            self.weighted or other.weighted,
         )
 
 
@@ -83,7 +87,8 @@ class LayerStats:
 
     Attributes:
         tokens: how many input vectors were seen.
-        hessian: float32 [in, in], the mean of x x^T over those vectors (GPTQ's H up to its factor 2).
+        hessian: float32 [in, in], the mean of x x^T over those vectors (GPTQ's H up to its factor 2), weighted where
+            `Needs.weighted` asks for it.
         absmax: float32 [in], the largest |x| of each feature.
         mean_abs: float32 [in], the mean of |x|.
         mean: float32 [in], the mean of x.

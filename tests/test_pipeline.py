@@ -13,7 +13,6 @@ import torch
 import compress
 from compress.checkpoint import Checkpoint
 from compress.formats import FORMATS
-from compress.types import Needs
 from compress.weights import Weights
 
 SMALL: dict[str, Any] = {"samples": 8, "seq_len": 48, "no_eval": True}
@@ -135,7 +134,8 @@ def test_next_block_sees_what_is_stored(toy: Path, text_file: Path, tmp_path: Pa
     from compress.solvers.hessian import row_losses
     from compress.stats import collect
 
-    result = compress.run(toy, compress.GPTQ(bits=3, group_size=32), tmp_path / "a", calib=str(text_file), **SMALL)
+    method = compress.GPTQ(bits=3, group_size=32)
+    result = compress.run(toy, method, tmp_path / "a", calib=str(text_file), **SMALL)
     source, written = Weights(Checkpoint.open(toy)), Weights(Checkpoint.open(tmp_path / "a"))
     tokenizer = compress.api.load_tokenizer(toy)
     rows = calibration_rows(str(text_file), tokenizer, samples=8, seq_len=48).tokens
@@ -147,7 +147,9 @@ def test_next_block_sees_what_is_stored(toy: Path, text_file: Path, tmp_path: Pa
         flow.advance(block)
         model.free(block)
     model.load(3)
-    inputs = collect(model, 3, model.linears(3), flow, Needs(hessian=True))
+    for linear in model.linears(3):  # of whose output tokens' weights are the slopes
+        model.set_weight(linear, source.read(linear.name + ".weight"))
+    inputs = collect(model, 3, model.linears(3), flow, method.needs)
     attention = inputs[0]
     assert [x.name.rpartition(".")[2] for x in attention.linears] == ["q_proj", "k_proj", "v_proj"]
     name = attention.linears[0].name

@@ -33,7 +33,7 @@ from compress.errors import CompressError
 from compress.grid import Grid
 from compress.packed.uniform import UniformGrid, group_index
 from compress.passes import quality
-from compress.passes.quality import Quality, past_field, quality_field, settle_quality
+from compress.passes.quality import Quality, past_field, quality_field, settle_quality, weights_field
 from compress.solvers import columns, kernel, obq
 from compress.solvers.columns import blocks
 from compress.solvers.hessian import prepare, refit_kept, refit_scales, row_losses, runs, unvisit
@@ -81,6 +81,7 @@ class GPTQ:
     descent: int | None = field(
         default=None, metadata={"help": "sweeps of coordinate descent over the codes; default: by --quality, 0 or 1"}
     )
+    token_weights: bool | None = weights_field()
     correct_past: bool = past_field()
     tf32: bool = field(
         default=False, metadata={"help": "on a GPU, TF32 products in the loops: faster; codes move, the loss does not"}
@@ -131,6 +132,7 @@ class GPTQ:
     @property
     def refinable(self) -> bool:
         plain = self.reference != "none" or not self.scale_search or not self.refit or not self.descent
+        plain = plain or not self.token_weights
         return quality.few(self.bits) and not plain
 
     @property

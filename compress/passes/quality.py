@@ -1,8 +1,9 @@
 """How much work a pass on a grid does: the same word on every one of them.
 
-fast: the solver alone, with its weighted scale search. balanced: scales are refitted to the codes, codes descend under
-the whole Hessian. best: the block is then refined to the original's output (compress/refiners). auto: best where it is
-worth its time, which takes a GPU and 4 bits or fewer; else balanced.
+fast: the solver alone, with its weighted scale search. balanced: tokens count by what they do to the block's output
+(compress/sensitivity.py), scales are refitted to the codes, codes descend under the whole Hessian. best: the block is
+then refined to the original's output (compress/refiners). auto: best where it is worth its time, which takes a GPU and
+4 bits or fewer; else balanced.
 """
 
 from __future__ import annotations
@@ -67,12 +68,18 @@ def past_field() -> Any:
     return field(default=False, metadata={"help": text})
 
 
+def weights_field() -> Any:
+    """The field `token_weights` of a pass."""
+    text = "let calibration tokens count by what an error there does to the block's output; default: by --quality"
+    return field(default=None, metadata={"help": text, "off": "no-token-weights"})
+
+
 def settle_quality(settings: Any) -> None:
-    """Fill `refit` and `descent` of a pass that is being made, where they were not given. Raises CompressError."""
+    """Fill what goes by the quality of a pass that is being made, where it was not given. Raises CompressError."""
     if settings.quality not in LEVELS:
         raise CompressError(f"no quality {settings.quality!r}", "--quality", f"use {', '.join(LEVELS)}")
     more = settings.quality != "fast"
-    for name, value in (("refit", more), ("descent", int(more))):
+    for name, value in (("refit", more), ("descent", int(more)), ("token_weights", more)):
         if getattr(settings, name, value) is None:
             object.__setattr__(settings, name, value)  # frozen from here on
 
@@ -86,4 +93,9 @@ def sweeps(settings: Any) -> int:
 
 def needs(settings: Any) -> Needs:
     """What a pass that has a Hessian needs at its quality."""
-    return Needs(hessian=True, outputs=settings.quality == "best", past=settings.correct_past)
+    return Needs(
+        hessian=True,
+        outputs=settings.quality == "best",
+        past=settings.correct_past,
+        weighted=bool(settings.token_weights),
+    )

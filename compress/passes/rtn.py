@@ -62,7 +62,7 @@ class RTN:
 
     @property
     def needs(self) -> Needs:
-        return Needs(hessian=self.quality != "fast", outputs=self.quality == "best")
+        return Needs(hessian=self.quality != "fast", outputs=self.quality == "best", weighted=self.quality != "fast")
 
     @property
     def row_unit(self) -> int:

@@ -37,7 +37,7 @@ from compress.packed.dense import Dense
 from compress.packed.sparse import Sparse, storage_around
 from compress.packed.uniform import UniformGrid, group_index
 from compress.passes.gptq import GPTQ
-from compress.passes.quality import Quality, few, past_field, quality_field, settle_quality
+from compress.passes.quality import Quality, few, past_field, quality_field, settle_quality, weights_field
 from compress.solvers import columns, masks
 from compress.solvers.hessian import prepare, refit_kept, row_losses, unvisit
 from compress.solvers.masks import Choice, Pattern
@@ -113,12 +113,15 @@ class SparseGPT:
         default=None,
         metadata={"help": "with --bits, sparsegpt: sweeps of coordinate descent over the codes; default: by --quality"},
     )
+    token_weights: bool | None = weights_field()
     correct_past: bool = past_field()
     tf32: bool = field(
         default=False, metadata={"help": "on a GPU, TF32 products in the loops: faster; codes move, the loss does not"}
     )
 
     def __post_init__(self) -> None:
+        if self.method != "sparsegpt" and self.token_weights is None:  # the baselines are their papers'
+            object.__setattr__(self, "token_weights", False)
         settle_quality(self)
         found = self.kept_pattern
         if self.sparsity is not None and not 0 <= self.sparsity <= _LARGEST_SPARSITY:
@@ -147,12 +150,13 @@ class SparseGPT:
 
     @property
     def refinable(self) -> bool:
-        return few(self.bits) and self.method == "sparsegpt" and bool(self.refit)
+        return few(self.bits) and self.method == "sparsegpt" and bool(self.refit) and bool(self.token_weights)
 
     @property
     def needs(self) -> Needs:
         hessian = self.method != "magnitude"
-        return Needs(hessian, outputs=self.quality == "best", past=self.correct_past and hessian)
+        past, weighted = self.correct_past and hessian, bool(self.token_weights) and hessian
+        return Needs(hessian, outputs=self.quality == "best", past=past, weighted=weighted)
 
     @property
     def row_unit(self) -> int:
@@ -211,6 +215,7 @@ class SparseGPT:
             self.quality,
             self.refit,
             self.descent,
+            self.token_weights,
             self.correct_past,
             self.tf32,
         )

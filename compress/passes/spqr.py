@@ -41,7 +41,7 @@ from compress.packed.bilevel import PLAIN, BiLevel, Statistic
 from compress.packed.outliers import Outliers
 from compress.packed.uniform import group_index
 from compress.passes import quality
-from compress.passes.quality import Quality, past_field, quality_field, settle_quality
+from compress.passes.quality import Quality, past_field, quality_field, settle_quality, weights_field
 from compress.solvers import columns
 from compress.solvers import spqr as spqr_sweep
 from compress.solvers.hessian import prepare, row_losses, unvisit
@@ -87,6 +87,7 @@ class SpQR:
         default=None,
         metadata={"help": "sweeps of coordinate descent over codes and outliers after GPTQ; default: by --quality"},
     )
+    token_weights: bool | None = weights_field()
     correct_past: bool = past_field()
     tf32: bool = field(
         default=False, metadata={"help": "on a GPU, TF32 products in the loops: faster; codes move, the loss does not"}
@@ -118,7 +119,7 @@ class SpQR:
 
     @property
     def refinable(self) -> bool:
-        return quality.few(self.bits) and self.scale_search and bool(self.descent)
+        return quality.few(self.bits) and self.scale_search and bool(self.descent) and bool(self.token_weights)
 
     @property
     def needs(self) -> Needs:

@@ -28,7 +28,10 @@ from compress.packed.sparse import Sparse
 from compress.packed.uniform import UniformGrid, group_index
 from compress.types import Packed
 
-#: how far beyond the middle of its cell a place starts at most, and how far beyond the last level it may go
+#: how far from its level a place starts at most: codes that a solver chose though they were not the nearest all start
+#: there, and at the very edge of their cells half of them would cross with the first move, together
+_START = 0.45
+#: how far beyond the last level it may go
 _CELL = 0.49
 #: a scale stays within these shares of the one that it started from
 _LEAST, _MOST = 0.6, 1.4
@@ -140,7 +143,7 @@ class _Grid:
         level = layer.codes.float().view(self._view) - self._columns(self._zero)
         place = weight.view(self._view) / self._columns(self._first)
         place = torch.where(torch.isfinite(place), place, level)  # a scale of 0
-        self._place = place.sub_(level).clamp_(-_CELL, _CELL).add_(level)
+        self._place = place.sub_(level).clamp_(-_START, _START).add_(level)
         self._usual = _Usual(self._place)
         self.keep()
 
@@ -244,7 +247,7 @@ def _two_levels(layer: BiLevel, weight: Tensor) -> _Codes:
     codes = layer.codes.float()
     place = weight / layer.scale.values()[:, groups] + layer.zero.values()[:, groups]
     place = torch.where(torch.isfinite(place), place, codes)
-    place = place.sub_(codes).clamp_(-_CELL, _CELL).add_(codes)
+    place = place.sub_(codes).clamp_(-_START, _START).add_(codes)
     return _Codes(place, 2**layer.bits - 1, lambda numbers: replace(layer, codes=numbers.to(torch.uint8)))
 
 
@@ -269,7 +272,7 @@ class _Table(_Codes):
             absmax = layer.absmax if layer.nested_absmax is not None else layer.absmax * self._factor
             return replace(layer, codes=code[found.long()], absmax=absmax)
 
-        super().__init__(number + share.clamp(-_CELL, _CELL), len(values) - 1, made)
+        super().__init__(number + share.clamp(-_START, _START), len(values) - 1, made)
 
     def _blocks(self, flat: Tensor) -> Tensor:
         """[blocks, size], the weights as they lie in memory."""

@@ -25,7 +25,7 @@ from draw import by_name, tables
 
 GROUP = 64
 #: GPTQ without anything that came after its paper
-PUBLISHED = {"act_order": "none", "scale_search": False, "refit": False, "descent": 0}
+PUBLISHED = {"act_order": "none", "scale_search": False, "refit": False, "descent": 0, "token_weights": False}
 
 
 def gptq(bits: int, quality: str = "balanced", refine: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
@@ -43,6 +43,8 @@ def settings() -> dict[str, dict[str, Any]]:
         out[f"{bits} bits best, 200 steps"] = gptq(bits, "best", {"steps": 200})
         for steps in (10, 20, 50, 400):
             out[f"{bits} bits best, {steps} steps"] = gptq(bits, "best", {"steps": steps})
+        for quality in ("balanced", "best"):
+            out[f"{bits} bits {quality} without token weights"] = gptq(bits, quality, token_weights=False)
         for sweeps in (2, 4):
             out[f"{bits} bits balanced, {sweeps} sweeps"] = gptq(bits, descent=sweeps)
         out[f"{bits} bits best, asymmetric"] = gptq(bits, "best", symmetric=False)
@@ -83,7 +85,10 @@ def settings() -> dict[str, dict[str, Any]]:
         given = {"pattern": "2:4", "bits": 4, "group_size": GROUP, "quality": quality}
         out[f"2:4, 4 bits {quality}"] = {"steps": [{"sparsegpt": given}]}
         out[f"spqr 3 bits {quality}"] = {"steps": [{"spqr": {"quality": quality}}]}
-    apart = {"sparsegpt": {"pattern": "2:4", "refit": False}}, {"gptq": {"bits": 4, "group_size": GROUP} | PUBLISHED}
+    apart = (
+        {"sparsegpt": {"pattern": "2:4", "refit": False, "token_weights": False}},
+        {"gptq": {"bits": 4, "group_size": GROUP} | PUBLISHED},
+    )
     out["2:4, then 4 bits, both as published"] = {"steps": list(apart)}
     eights: dict[str, dict[str, Any]] = {
         "absmax": {"absmax": {"activations": "token"}},

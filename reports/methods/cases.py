@@ -28,7 +28,7 @@ def _bits(bits: int) -> str:
 
 
 #: GPTQ without anything that came after its paper, at nearly the size of a symmetric grid of groups of 64
-_PUBLISHED = "group_size=64 symmetric=false act_order=none scale_search=false refit=false descent=0"
+_PUBLISHED = "group_size=64 symmetric=false act_order=none scale_search=false refit=false descent=0 token_weights=false"
 
 TABLES = [
     Table(

@@ -32,7 +32,7 @@ MAIN: list[tuple[str, Any, dict[str, Any]]] = [
     for bits in (4, 3)
     for name, cls, quality in (("RTN", compress.RTN, "fast"), ("GPTQ", compress.GPTQ, "balanced"))
 ]
-PLAIN = {"scale_search": False, "refit": False, "descent": 0, "act_order": "none"}
+PLAIN = {"scale_search": False, "refit": False, "descent": 0, "act_order": "none", "token_weights": False}
 ABLATION: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("as published (no act order, no search)", PLAIN, {}),
     ("+ static act order", {**PLAIN, "act_order": "static"}, {}),

@@ -756,7 +756,9 @@ def test_bad_settings(change: dict[str, object], message: str) -> None:
 
 
 def test_settings() -> None:
-    assert GPTQ().needs == Needs(hessian=True)
+    assert GPTQ().needs == Needs(hessian=True, weighted=True)
+    assert GPTQ(quality="fast").needs == GPTQ(token_weights=False).needs == Needs(hessian=True)
+    assert GPTQ(quality="fast", token_weights=True).needs.weighted
     assert load("gptq") is GPTQ
     assert GPTQ().settle([256, 96]).group_size == 32
     assert GPTQ(group_size=-1).settle([256, 96]).group_size == -1

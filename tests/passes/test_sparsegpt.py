@@ -448,7 +448,8 @@ def test_patterns_that_do_not_divide() -> None:
 
 def test_settings() -> None:
     assert SparseGPT.name == "sparsegpt"
-    assert SparseGPT().needs == Needs(hessian=True)
+    assert SparseGPT().needs == Needs(hessian=True, weighted=True)
+    assert SparseGPT(method="wanda").needs == Needs(hessian=True)  # as its paper has it
     assert SparseGPT(method="magnitude").needs == Needs()
     assert [SparseGPT().row_unit, SparseGPT(method="magnitude").row_unit] == [0, 0]
     assert SparseGPT(bits=4).settle([256, 96]).group_size == 32

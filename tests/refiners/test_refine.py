@@ -107,7 +107,7 @@ def test_gains_are_tuned_too() -> None:
     fine = Refine(steps=80, rate=0.02, norms=True, scale_rate=0.01).refine(before, task.weights, task, seed=0)
     assert plain.vectors == {}
     assert fine.vectors["gain"].dtype == torch.bfloat16
-    assert fine.after < 0.9 * plain.after
+    assert fine.after < 0.95 * plain.after
     task.vectors |= fine.vectors
     assert fine.after == pytest.approx(error(task, fine.packed, range(11, 12)), rel=1e-5)
 
@@ -196,7 +196,7 @@ def test_a_block_with_other_weights(
 RUN: dict[str, Any] = {"samples": 8, "seq_len": 48, "device": "cpu", "no_eval": True, "no_client": True}
 
 
-QUICK = {"steps": 12, "rate": 0.004}  # of a model of noise on few rows: more would learn the rows
+QUICK = {"steps": 12, "rate": 0.012}  # of a model of noise on few rows: more would learn the rows
 
 
 def best(refine: Any = QUICK, **given: Any) -> Recipe:
