@@ -14,14 +14,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from compress.blocks import BlockModel, Linear
 
+#: of the squares: one estimate of a trace is noisy, and the noise of its largest would be what counts
+_POWER = 0.75
 #: what a sign is multiplied by: slopes of float16 stay clear of its smallest numbers
 _LOUD = 64.0
 
@@ -48,7 +52,7 @@ class Slopes:
 
     Args:
         linears: modules of their own, not slices of fused experts (see `watch`).
-        tell: gets a layer's name, its inputs [..., in] and float32 [...], the squares of the slopes up to a factor.
+        tell: gets a layer's name, its inputs [..., in] and float32 [...], what each counts, up to a factor.
     """
 
     def __init__(
@@ -86,7 +90,7 @@ class Slopes:
         name, x = self._waiting[number]
         self._waiting[number] = name, x[:0]  # told, and its memory free
         with torch.no_grad():
-            self._tell(name, x, slope.float().square().mean(-1))
+            self._tell(name, x, slope.float().square().mean(-1).pow_(_POWER))
 
     def run(self, block: int, states: Tensor, seq: int, first: int) -> None:
         """Send rows through, and back.
@@ -98,7 +102,8 @@ class Slopes:
         """
         try:
             with _repeatable(states.device):
-                out = self._model.traced(block, states, (len(states), seq))
+                with OwnAttention() if states.device.type == "cuda" else nullcontext():
+                    out = self._model.traced(block, states, (len(states), seq))
                 out.backward(_signs(out.detach(), block, first))  # type: ignore[no-untyped-call]
             for name, x in self._waiting.values():  # what decides without a slope, as a choice does: all alike
                 if x.numel():
@@ -119,8 +124,12 @@ def _signs(output: Tensor, block: int, first: int) -> Tensor:
 
 
 @contextmanager
-def _repeatable(device: torch.device) -> Iterator[None]:
-    """Sums in the same order each time, where the device has a choice (attention's backward pass on a GPU)."""
+def _repeatable(device: torch.device, warn_only: bool = True) -> Iterator[None]:
+    """Sums in the same order each time, where the device has a choice.
+
+    Args:
+        warn_only: operations that have no other way take the one they have; they would raise RuntimeError.
+    """
     if device.type != "cuda":
         yield
         return
@@ -128,11 +137,50 @@ def _repeatable(device: torch.device) -> Iterator[None]:
     fill = choices.fill_uninitialized_memory
     asked, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of operations that have no other way
+        warnings.simplefilter("ignore")
         try:
             choices.fill_uninitialized_memory = False
-            torch.use_deterministic_algorithms(True, warn_only=True)
+            torch.use_deterministic_algorithms(True, warn_only=warn_only)
             yield
         finally:
             torch.use_deterministic_algorithms(asked, warn_only=warned)
             choices.fill_uninitialized_memory = fill
+
+
+class OwnAttention(TorchFunctionMode):
+    """Attention whose backward pass is the same each time."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is F.scaled_dot_product_attention and len(args) >= 3:
+            names = ("attn_mask", "dropout_p", "is_causal")  # that may be given by their places
+            given = {**dict(zip(names, args[3:], strict=False)), **(kwargs or {})}
+            return Attention.apply(*args[:3], given)  # type: ignore[no-untyped-call]
+        return func(*args, **(kwargs or {}))
+
+
+class Attention(torch.autograd.Function):
+    """`scaled_dot_product_attention`. Its fast kernels sum up slopes in the order in which blocks happen to end, unless
+    torch is asked for deterministic algorithms and nothing less (`warn_only` leaves them as they are), which matrix
+    products around it would refuse. So the backward pass computes it anew, alone, under that wish."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
+        ctx.save_for_backward(query, key, value)
+        ctx.given = given
+        return F.scaled_dot_product_attention(query, key, value, **given)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        def slopes(warn_only: bool) -> tuple[Tensor, ...]:
+            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+            with torch.enable_grad(), _repeatable(slope.device, warn_only):
+                return torch.autograd.grad(F.scaled_dot_product_attention(*inputs, **ctx.given), inputs, slope)
+
+        try:
+            return *slopes(False), None
+        except RuntimeError as error:
+            if "deterministic" not in str(error):
+                raise
+            return *slopes(True), None  # made of matrix products, which are the same each time as they are

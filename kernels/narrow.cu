@@ -169,6 +169,7 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
     };
     if (KIND == TABLE) prepare(shared, block_tile);
     wait_for_previous();
+    next_may_begin();  // where there is room: it has its first weights fetched meanwhile
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) request(d, false);
 
@@ -236,8 +237,6 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
             request(d, true);
         }
     }
-    next_may_begin();
-
     copies_wait<0>();
     __syncthreads();  // the inputs' place is free
     float* together = (float*)inputs;                           // of the block, [token][row]

@@ -85,6 +85,7 @@ extern "C" __global__ void __launch_bounds__(THREADS)
         }
     if (KIND == TABLE) Held::prepare_pairs(shared, layer, first_tile, THREADS);
     wait_for_previous();
+    next_may_begin();  // where there is room: it has its first weights fetched meanwhile
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) request(d);
 
@@ -137,8 +138,6 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             request(d);
         }
     }
-    next_may_begin();
-
 #pragma unroll
     for (int r = 0; r < RT; r++)
 #pragma unroll

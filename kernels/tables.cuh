@@ -44,8 +44,13 @@ DEVICE float number_of(int code) {
         -0x1.555556p-2f, -0x1p-1f, -0x1.555556p-3f, -0x1p-2f,
     };
 #endif
-    float found = numbers[0];
+    // Bit by bit: of `code == i ? numbers[i] : found` the compiler makes branches that read numbers[code] from local memory.
+    float left[8];
 #pragma unroll
-    for (int i = 1; i < 16; i++) found = code == i ? numbers[i] : found;
-    return found;
+    for (int i = 0; i < 8; i++) left[i] = code & 8 ? numbers[i + 8] : numbers[i];
+#pragma unroll
+    for (int i = 0; i < 4; i++) left[i] = code & 4 ? left[i + 4] : left[i];
+#pragma unroll
+    for (int i = 0; i < 2; i++) left[i] = code & 2 ? left[i + 2] : left[i];
+    return code & 1 ? left[1] : left[0];
 }

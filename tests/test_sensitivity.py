@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress import stats
+from compress import sensitivity, stats
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
 from compress.hidden import Activations
 from compress.passes.sparsegpt import SparseGPT
 from compress.passes.spqr import SpQR
-from compress.sensitivity import Shares, Slopes
+from compress.sensitivity import OwnAttention, Shares, Slopes
 from compress.types import Needs
 from compress.weights import Weights
 
@@ -83,7 +83,7 @@ def test_the_mean_of_many_is_the_trace() -> None:
                 exact[name] += slope[0].square().mean(-1)
     drawn = [told(block, states, first) for first in range(600)]
     for name, trace in exact.items():
-        mean = torch.stack([found[name][1][0].double() for found in drawn]).mean(0)
+        mean = torch.stack([found[name][1][0].double() ** (1 / sensitivity._POWER) for found in drawn]).mean(0)
         assert torch.allclose(mean / mean.sum(), trace / trace.sum(), rtol=0.15, atol=0.002), name
         assert float(trace.max() / trace.min()) > 3, "or there is nothing to tell apart"
 
@@ -108,6 +108,53 @@ def test_nothing_is_watched_outside_of_a_run() -> None:
         block(torch.randn(2, 5, 6))
     assert not found
     assert not any(layer._forward_hooks for layer in block.children())
+
+
+def test_attention_of_our_own(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Is torch's, there and back; every way of giving its settings."""
+    make = torch.Generator().manual_seed(3)
+    inputs = [torch.randn(2, 4, 7, 8, generator=make).requires_grad_() for _ in range(3)]
+    mask, slope = torch.rand(2, 1, 7, 7, generator=make) > 0.3, torch.randn(2, 4, 7, 8, generator=make)
+    attend = nn.functional.scaled_dot_product_attention
+    calls: list[Callable[[], Tensor]] = [
+        lambda: attend(*inputs, is_causal=True, scale=0.2),
+        lambda: attend(*inputs, mask, 0.0, False),
+        lambda: attend(*inputs, attn_mask=mask),
+    ]
+    for call in calls:
+        plain = call()
+        expected = torch.autograd.grad(plain, inputs, slope)
+        with OwnAttention():
+            ours = call()
+        assert torch.equal(ours, plain)
+        assert all(map(torch.equal, torch.autograd.grad(ours, inputs, slope), expected))
+    model, flow = flow_of(toy, tmp_path)
+    found = stats.collect(model, 0, model.linears(0), flow, WEIGHTED)
+    whole, taken = BlockModel.traced, []
+
+    def traced(*given: Any) -> Tensor:
+        with OwnAttention():
+            out = whole(*given)
+        assert "AttentionBackward" in str(graph(out)), "transformers calls it as it is looked for"
+        taken.append(out.shape)
+        return out
+
+    monkeypatch.setattr(BlockModel, "traced", traced)
+    again = stats.collect(model, 0, model.linears(0), flow, WEIGHTED)
+    assert len(taken) == 3
+    assert all(torch.allclose(a.stats.hessian, b.stats.hessian, rtol=1e-4) for a, b in zip(found, again, strict=True))
+
+
+def graph(out: Tensor) -> set[str]:
+    """Names of the steps that autograd would go back through."""
+    todo, names, done = [out.grad_fn], set(), set()
+    while todo:
+        step = todo.pop()
+        if step is not None and step not in done:
+            done.add(step)
+            names.add(type(step).__name__)
+            todo += [before for before, _ in step.next_functions]
+    return names
 
 
 def test_shares_of_a_row() -> None:
@@ -136,7 +183,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[Tensor, Te
 
     def watched(self: Slopes, number: int, slope: Tensor) -> None:
         name, x = self._waiting[number]
-        seen.setdefault(name, []).append((x.double(), slope.double().square().mean(-1)))
+        seen.setdefault(name, []).append((x.double(), slope.double().square().mean(-1) ** sensitivity._POWER))
         whole(self, number, slope)
 
     monkeypatch.setattr(Slopes, "_reached", watched)

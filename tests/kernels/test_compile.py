@@ -30,7 +30,8 @@ CAPABILITIES = {target(c): c for c in ((8, 0), (8, 6), (8, 9), (9, 0))}
 #: CuPy adds them at run time; nothing of ours may need them
 CUPY = ("-arch=sm_90", "-ftz=true", "--device-as-default-execution-space")
 _ENTRY = re.compile(
-    r"Compiling entry function '(?P<name>\w+)'.*?(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
+    r"Compiling entry function '(?P<name>\w+)'.*?(?P<local>\d+) bytes stack frame, "
+    r"(?P<stores>\d+) bytes spill stores, (?P<loads>\d+) bytes spill loads"
     r".*?Used (?P<registers>\d+) registers(?P<rest>[^\n]*)",
     re.DOTALL,
 )
@@ -61,10 +62,12 @@ VARIANTS = _variants().VARIANTS  # type: ignore[attr-defined]
 
 
 class Taken(NamedTuple):
-    """What machine code takes: registers and spilled bytes (stored + loaded) a thread, static shared bytes a block."""
+    """What machine code takes: of a thread registers, spilled bytes (stored + loaded) and bytes of local memory, where
+    arrays lie that are indexed while it runs; of a block static shared bytes."""
 
     registers: int
     spilled: int
+    local: int
     shared: int
 
 
@@ -123,7 +126,7 @@ def compiled(kernel: Kernel, name: str, source: str | None = None, more_flags: t
     assert len(found) == 1, f"{kernel.file} has no extern C kernel {kernel.name}: {log}"
     shared = re.search(r"(\d+) bytes smem", found[0]["rest"])
     spilled = int(found[0]["stores"]) + int(found[0]["loads"])
-    return Taken(int(found[0]["registers"]), spilled, int(shared[1]) if shared else 0)
+    return Taken(int(found[0]["registers"]), spilled, int(found[0]["local"]), int(shared[1]) if shared else 0)
 
 
 def recorded() -> tuple[str, dict[tuple[str, str, str], Taken]]:
@@ -134,7 +137,7 @@ def recorded() -> tuple[str, dict[tuple[str, str, str], Taken]]:
     rows = {}
     for line in said.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
-        if len(cells) == 6 and cells[3].isdigit():
+        if len(cells) == 7 and cells[3].isdigit():
             rows[cells[0], cells[1], cells[2]] = Taken(*map(int, cells[3:]))
     found = re.search(r"NVRTC (\d+\.\d+)", said)
     return found[1] if found else "", rows
@@ -166,12 +169,13 @@ def write() -> None:
     lines = [
         "# What the kernels take",
         "",
-        f"Compiled by NVRTC {version()}: registers and spilled bytes (stored and loaded) a thread, bytes of static",
-        "shared memory a block; what a launch asks for besides is not known here. tests/kernels/test_compile.py",
-        f"compares. To write it again: `{COMMAND}`.",
+        f"Compiled by NVRTC {version()}: a thread's registers, spilled bytes (stored and loaded) and local",
+        "memory (arrays that are indexed while it runs), a block's static shared memory; what a launch asks for",
+        "besides is not known here. tests/kernels/test_compile.py compares.",
+        f"To write it again: `{COMMAND}`.",
         "",
-        "| kernel | macros | target | registers | spilled bytes | shared bytes |",
-        "|---|---|---|---:|---:|---:|",
+        "| kernel | macros | target | registers | spilled bytes | local bytes | shared bytes |",
+        "|---|---|---|---:|---:|---:|---:|",
     ]
     for (kernel, name), found in zip(todo, taken, strict=True):
         lines.append("| " + " | ".join([*key(kernel, name), *map(str, found)]) + " |")
@@ -193,17 +197,19 @@ def test_it_compiles_and_takes_no_more_than_before(kernel: Kernel, name: str) ->
 
 
 def test_more_is_told() -> None:
-    before = Taken(80, 0, 1024)
+    before = Taken(80, 0, 0, 1024)
     assert not more(before, before)
-    assert not more(before, Taken(70, 0, 0))
-    assert more(before, Taken(81, 8, 1024)) == "registers: 81, were 80; spilled: 8, were 0"
+    assert not more(before, Taken(70, 0, 0, 0))
+    assert more(before, Taken(81, 8, 64, 1024)) == "registers: 81, were 80; spilled: 8, were 0; local: 64, were 0"
 
 
 def test_what_the_compiler_says() -> None:
     kernel = Kernel("probe", "probe.cu", (("X", 3),))
     taken = compiled(kernel, "sm_80", PROBE.replace("BODY", "__syncthreads();"))
     assert 0 < taken.registers < 40
-    assert taken[1:] == (0, 256)
+    assert taken[1:] == (0, 0, 256)
+    indexed = "float t[64]; for (int i = 0; i < 64; i++) t[i] = x[i]; x[2] = t[(int)x[3] & 63];"
+    assert compiled(kernel, "sm_80", PROBE.replace("BODY", indexed)).local >= 256
     with pytest.raises(Failed, match=r"kernels/probe.cu\(4\): warning"):
         compiled(kernel, "sm_80", PROBE.replace("BODY", "int unused;"))
     with pytest.raises(Failed, match=r"kernels/probe.cu\(4\): error"):
