@@ -38,9 +38,10 @@ class Shares:
 
     def add(self, group: str, members: int, weights: Tensor) -> Tensor | None:
         """Take a layer's weights, float32 [rows, seq] or [tokens]. Returns the mean of all, with the last: of each row
-        what its tokens are among each other, so that layers count alike, and rows."""
+        what its tokens are among each other, so that layers count alike, and rows; where nothing counts, all do."""
         found = self._found.setdefault(group, [])
-        found.append(weights / weights.mean(-1, keepdim=True).clamp_(min=1e-30) if weights.dim() > 1 else weights)
+        mean = weights.mean(-1, keepdim=True)
+        found.append(torch.where(mean > 0, weights / mean, 1.0) if weights.dim() > 1 else weights)
         if len(found) < members:
             return None
         del self._found[group]

@@ -160,10 +160,10 @@ def graph(out: Tensor) -> set[str]:
 def test_shares_of_a_row() -> None:
     """The mean of what tokens are among each other in a row: neither a layer nor a row outweighs another."""
     shares = Shares()
-    one, other = torch.tensor([[1.0, 3.0], [20.0, 60.0]]), torch.tensor([[5.0, 5.0], [0.0, 0.0]])
+    one, other = torch.tensor([[1.0, 3.0], [20.0, 60.0]]), torch.tensor([[5.0, 5.0], [0.0, 0.0]])  # none
     assert shares.add("a", 2, one) is None
     assert torch.equal(shares.add("b", 1, torch.tensor([2.0, 6.0])), torch.tensor([2.0, 6.0]))
-    assert torch.allclose(shares.add("a", 2, other), torch.tensor([[0.75, 1.25], [0.25, 0.75]]))
+    assert torch.allclose(shares.add("a", 2, other), torch.tensor([[0.75, 1.25], [0.75, 1.25]]))
     assert shares.add("a", 2, one) is None, "the next rows begin anew"
 
 

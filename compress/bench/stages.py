@@ -115,7 +115,9 @@ class Method:
 def fast_gptq(setting: Setting) -> GPTQ:
     """GPTQ without what was added to it."""
     s = setting
-    return GPTQ(s.bits, s.group, not s.asymmetric, scale_search=False, refit=False, descent=0, tf32=s.tf32)
+    return GPTQ(
+        s.bits, s.group, not s.asymmetric, scale_search=False, refit=False, descent=0, token_weights=False, tf32=s.tf32
+    )
 
 
 def default_gptq(setting: Setting) -> GPTQ:
