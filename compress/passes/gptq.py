@@ -6,6 +6,7 @@ of H^-1 and e = (w_i - q_i) / U_ii, the move is w_j -= e * U_ij for j > i (Algor
 inside a block are made at once, the rest of the matrix is updated once a block by one matrix product.
 
 Beyond the paper, each with its own switch:
+- H is a mean in which tokens count by what an error there does to the block's output (compress/sensitivity.py);
 - scale search weighted by H's diagonal, over scales of both signs;
 - act order with static groups: columns are visited in order of falling H_ii, groups stay in natural column order;
 - refit: for fixed codes the loss is quadratic in the group scales, so their optimum is a linear solve a row;
