@@ -125,24 +125,26 @@ def accumulate(total: Tensor, x: Tensor, other: Tensor | None = None, weights: T
     On a GPU 16-bit activations are multiplied as they are: their products are exact in float32, and the sum runs in
     float32. On a CPU they are widened first, since its 16-bit product would round the sum.
     """
-    y = x if other is None else other
     if weights is not None:
-        return _accumulate_weighted(total, x, y, weights)
+        return _accumulate_weighted(total, x, other, weights)
+    y = x if other is None else other
     if x.device.type == "cuda" and x.dtype != torch.float32:
         total += torch.mm(y.t(), x, out_dtype=torch.float32)
     else:
         total.addmm_(y.float().t(), x.float())
 
 
-def _accumulate_weighted(total: Tensor, x: Tensor, y: Tensor, weights: Tensor) -> None:
+def _accumulate_weighted(total: Tensor, x: Tensor, other: Tensor | None, weights: Tensor) -> None:
     root = weights.sqrt()
     top = root.amax().clamp_(min=1e-30)
     share = (root / top)[:, None]  # at most 1, so that 16 bits hold what they multiply
     if x.device.type == "cuda" and x.dtype != torch.float32:
         share = share.to(x.dtype)  # both sides by the same number: the sum is of squares, whatever it was rounded to
-        product = torch.mm((y * share).t(), x * share, out_dtype=torch.float32)
+        scaled = x * share
+        product = torch.mm((scaled if other is None else other * share).t(), scaled, out_dtype=torch.float32)
     else:
-        product = (y.float() * share).t() @ (x.float() * share)
+        scaled = x.float() * share
+        product = (scaled if other is None else other.float() * share).t() @ scaled
     total.addcmul_(product, top.square())
 
 
@@ -203,14 +205,16 @@ _HELD = 4
 def collect_past(
     model: BlockModel, block: int, groups: list[Inputs], activations: Activations, originals: Activations
 ) -> list[Inputs]:
-    """The groups with `LayerStats.past`. Runs a loaded block over all batches twice: as it is reached in the compressed
-    model and in the original. Groups of experts are left as they are: other tokens reach them.
+    """The groups with `LayerStats.past`, those that no other of them feeds. Runs a loaded block over all batches twice:
+    as it is reached in the compressed model and in the original. Groups of experts are left as they are: other tokens
+    reach them.
 
     Args:
         groups: of `collect`, with Hessians.
         originals: the hidden states that enter the block in the original model, of the same rows in equal batches.
     """
     mine = [group for group in groups if group.linears[0].expert is None and group.stats.tokens]
+    mine = _unfed(model, block, mine, activations)
     sums = activations.within(lambda: _compared(model, block, mine, activations, originals))
     out = []
     for group in groups:
@@ -218,6 +222,41 @@ def collect_past(
         past = None if found is None else found.past()
         out.append(Inputs(group.linears, replace(group.stats, past=past), group.weighted))
     return out
+
+
+def _unfed(model: BlockModel, block: int, groups: list[Inputs], activations: Activations) -> list[Inputs]:
+    """The groups whose inputs depend on none of those before them that are chosen.
+
+    What corrects one layer changes what later ones get, and their statistics are of a block where nothing is corrected:
+    the same error would be taken back again in each. In SmolLM2, 30 blocks of four groups, that ruins the model.
+    """
+    row = next(activations.pieces())[:1]
+    chosen: list[Inputs] = []
+
+    def inputs() -> dict[str, Tensor]:
+        """What enters each group with the outputs of all layers of the chosen doubled."""
+        seen: dict[str, Tensor] = {}
+        with ExitStack() as stack:
+            for group in groups:
+                name, module = group.linears[0].name, _module(model, group.linears[0])
+                hook = module.register_forward_pre_hook(lambda _, args, n=name: seen.__setitem__(n, args[0].clone()))
+                stack.callback(hook.remove)
+            for linear in [x for group in chosen for x in group.linears]:
+                hook = _module(model, linear).register_forward_hook(lambda _, args, out: 2 * out)
+                stack.callback(hook.remove)
+            activations.run(block, row)
+        return seen
+
+    plain = inputs()
+    for group in groups:
+        name = group.linears[0].name
+        if not chosen or torch.equal(inputs()[name], plain[name]):
+            chosen.append(group)
+    return chosen
+
+
+def _module(model: BlockModel, linear: Linear) -> Any:
+    return model.model.get_submodule(linear.param.rpartition(".")[0])
 
 
 @dataclass
@@ -269,7 +308,7 @@ def _compared(
     with ExitStack() as stack:
         for group in groups:
             linear = group.linears[0]
-            module = model.model.get_submodule(linear.param.rpartition(".")[0])
+            module = _module(model, linear)
             handle = module.register_forward_pre_hook(lambda _, args, name=linear.name: seen.__setitem__(name, args[0]))
             stack.callback(handle.remove)
         weighed = [linear for group in groups if group.weighted for linear in group.linears]

@@ -95,7 +95,7 @@ class LayerStats:
         above: float32 [in], the share of vectors with |x| at or above `Needs.above`.
         spread: float32 [blocks, in], `above` in every block of the model for the layer of the same role.
         mask: bool [out, in], the weights that an earlier step of the recipe kept; zeros must stay zeros.
-        past: see `Past`; None also where it was asked for and cannot be known (experts, whose tokens differ).
+        past: see `Past`; None also for layers that others of the block feed, and experts, whose tokens differ.
     """
 
     tokens: int

@@ -65,8 +65,8 @@ def quality_field() -> Any:
 def past_field() -> Any:
     """The field `correct_past` of a pass."""
     text = (
-        "aim at what a layer would make of the original model's inputs, as far as held-out rows bear it out; can ruin "
-        "a deep model where no refiner follows (reports/frontier.md)"
+        "aim at what the first layers of a block would make of the original model's inputs, as far as held-out rows "
+        "bear it out"
     )
     return field(default=False, metadata={"help": text})
 

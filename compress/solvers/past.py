@@ -5,7 +5,7 @@ H the mean of x x^T and C that of (x~ - x) x^T, the weights nearest to that are 
 et al. 2025, and Qronos, Zhang et al. 2025, build this into the column loop). C is an estimate from few rows: H^-1 makes
 its noise large exactly where inputs are small, and the whole correction can ruin a model. So it is shrunk by what rows
 that had no part in it say: of W + t W C H^-1 the held-out error is a parabola in t, whose lowest point within [0, 1] is
-taken. Where the correction is noise, t is 0.
+taken. Where the correction is noise, t is 0. Only the first layers of a block are corrected (`stats.collect_past`).
 """
 
 from __future__ import annotations
