@@ -156,9 +156,10 @@ class GPTQ:
         size = "a scale a row" if self.group_size == -1 else f"groups of {self.group_size}"
         order = {"static": "static act order", "groups": "act order", "none": "natural order"}[self.act_order]
         order = "OBQ's greedy order" if self.reference == "obq" else order
+        counted = ", tokens counted by what an error there does to the block" if self.token_weights else ""
         return [
             f"GPTQ, {self.bits} bits, {size}, {order}, damp {100 * self.damp_percent:g}%: the layers' outputs on the "
-            f"calibration data are off by {100 * error:.3g}% of their energy on average"
+            f"calibration data are off by {100 * error:.3g}% of their energy on average{counted}"
         ]
 
     def __call__(self, weight: Tensor, stats: LayerStats, scale_dtype: torch.dtype) -> Solved:
