@@ -240,11 +240,15 @@ class BlockModel:
         if not packed.storage.activations:
             return dense
         if linear.expert is None:
-            computing.install(self.model.get_submodule(linear.param.rpartition(".")[0]), packed)
+            computing.install(self.module(linear), packed)
         else:
             slices = self._experts_packed.setdefault(linear.param, {}).setdefault(linear.expert, [])
             slices.append((linear.first_row, packed))
         return dense
+
+    def module(self, linear: Linear) -> nn.Module:
+        """The module whose weight it is; of an expert, that which holds all of them."""
+        return self.model.get_submodule(linear.param.rpartition(".")[0])  # type: ignore[no-any-return]
 
     def bias(self, linear: Linear) -> tuple[str, Tensor] | None:
         """A loaded layer's bias and its name on disk, None where it has none (or shares it with other experts)."""

@@ -235,12 +235,6 @@ class Activations:
         """What a loaded block makes of some rows."""
         return self._model.run(block, states, (len(states), self.tokens.shape[1]))
 
-    def through(self, block: int) -> Iterator[tuple[int, Tensor]]:
-        """What a loaded block makes of each batch, `rows` rows at a time, without keeping it."""
-        for i in range(len(self)):
-            for states in self._pieces(self.states(i)):
-                yield i, self.run(block, states)
-
     def follow(self, other: Activations, block: int) -> None:
         """Take what a loaded block makes of another's hidden states, which stay."""
         for i in range(len(self)):
@@ -282,7 +276,7 @@ class Activations:
             except RuntimeError as error:
                 if self.rows == 1 or not out_of_memory(error):
                     raise
-            self._notes.append(f"out of device memory with {self.rows} rows at once: {self.rows // 2} from there on")
+            self.note(f"out of device memory with {self.rows} rows at once: {self.rows // 2} from there on")
             self.rows //= 2
             gc.collect()  # only here is all that `work` made out of reach
             self.replays.close()

@@ -40,7 +40,8 @@ def install(module: nn.Module, packed: Packed) -> None:
 
     def forward(x: Tensor) -> Tensor:
         if x.requires_grad:
-            return type(module).forward(module, x)  # type: ignore[no-any-return]
+            dense: Tensor = type(module).forward(module, x)
+            return dense
         out = packed.linear(x)
         bias = module.bias
         return out if bias is None else out + bias.to(out.dtype)  # type: ignore[operator]

@@ -3,18 +3,18 @@
 A Hessian that is the mean of x x^T takes all tokens for alike. They are not: what v_proj makes of a row's first token,
 which later tokens attend to, may decide more of the block's output than what it makes of all others together. So a
 token counts by the square of the slope of the block's output, itself in units of each token's root mean square (the
-next norm sees no more), with respect to the layer's output at that token: the Gauss-Newton matrix of the block's
-relative error, taken as a Kronecker product of a layer's inputs and one number a token (Martens & Grosse, K-FAC, ICML
-2015). Its trace is estimated by one backward pass from a random sign in each place of the output (Hutchinson 1990).
+next norm sees no more), with respect to the layer's output at that token, to the power `_POWER`: of the Gauss-Newton
+matrix of the block's relative error, taken as a Kronecker product of a layer's inputs and one number a token (Martens &
+Grosse, K-FAC, ICML 2015), the trace, estimated by one backward pass from a random sign in each place of the output
+(Hutchinson 1990).
 Weighting tokens by what is attended to: Sung et al., RSQ, ICML 2025; by slopes of the model's loss, which take the
 whole model: Kim et al., GuidedQuant, ICML 2025. This one needs no more than the block.
 """
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Collection, Iterator
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Collection
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from compress.blocks import BlockModel, Linear
+from compress.repeatable import repeatable
 
 #: of the squares: one estimate of a trace is noisy, and the noise of its largest would be what counts
 _POWER = 0.75
@@ -63,8 +64,7 @@ class Slopes:
         self._waiting: dict[int, tuple[str, Tensor]] = {}
         self._stack = ExitStack()
         for linear in linears:
-            module = model.model.get_submodule(linear.param.rpartition(".")[0])
-            handle = module.register_forward_hook(self._after(linear.name))
+            handle = model.module(linear).register_forward_hook(self._after(linear.name))
             self._stack.callback(handle.remove)
 
     def __enter__(self) -> Slopes:
@@ -102,10 +102,11 @@ class Slopes:
                 makes no difference how many rows go together.
         """
         try:
-            with _repeatable(states.device):
-                with OwnAttention() if states.device.type == "cuda" else nullcontext():
+            there = states.device.type == "cuda"  # where the order of sums is not always the same
+            with repeatable() if there else nullcontext():
+                with OwnAttention() if there else nullcontext():
                     out = self._model.traced(block, states, (len(states), seq))
-                out.backward(_signs(out.detach(), block, first))  # type: ignore[no-untyped-call]
+                torch.autograd.backward([out], [_signs(out.detach(), block, first)])
             for name, x in self._waiting.values():  # what decides without a slope, as a choice does: all alike
                 if x.numel():
                     self._tell(name, x, x.new_ones(x.shape[:-1], dtype=torch.float32))
@@ -122,30 +123,6 @@ def _signs(output: Tensor, block: int, first: int) -> Tensor:
         generator.manual_seed(block << 32 | (first + i))
         row.bernoulli_(0.5, generator=generator)
     return signs.mul_(2).sub_(1).mul_(unit)
-
-
-@contextmanager
-def _repeatable(device: torch.device, warn_only: bool = True) -> Iterator[None]:
-    """Sums in the same order each time, where the device has a choice.
-
-    Args:
-        warn_only: operations that have no other way take the one they have; they would raise RuntimeError.
-    """
-    if device.type != "cuda":
-        yield
-        return
-    choices: Any = torch.utils.deterministic
-    fill = choices.fill_uninitialized_memory
-    asked, warned = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        try:
-            choices.fill_uninitialized_memory = False
-            torch.use_deterministic_algorithms(True, warn_only=warn_only)
-            yield
-        finally:
-            torch.use_deterministic_algorithms(asked, warn_only=warned)
-            choices.fill_uninitialized_memory = fill
 
 
 class OwnAttention(TorchFunctionMode):
@@ -176,7 +153,7 @@ class Attention(torch.autograd.Function):
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         def slopes(warn_only: bool) -> tuple[Tensor, ...]:
             inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            with torch.enable_grad(), _repeatable(slope.device, warn_only):
+            with torch.enable_grad(), repeatable(warn_only):
                 return torch.autograd.grad(F.scaled_dot_product_attention(*inputs, **ctx.given), inputs, slope)
 
         try:

@@ -108,9 +108,8 @@ class _Sum:
             mean(self.above, self.needs.above is not None),
         )
         looked = [hessian.diagonal() if hessian is not None else none, none if absmax is None else absmax]
-        return Inputs(self.linears, found, self.mass is not None), torch.stack(
-            [torch.isfinite(x).all() for x in looked]
-        ).all()
+        finite = torch.stack([torch.isfinite(x).all() for x in looked]).all()
+        return Inputs(self.linears, found, self.mass is not None), finite
 
 
 def _joined(how: Callable[[Tensor, Tensor], Tensor], old: Tensor | None, new: Tensor) -> Tensor:
@@ -238,25 +237,22 @@ def _unfed(model: BlockModel, block: int, groups: list[Inputs], activations: Act
         seen: dict[str, Tensor] = {}
         with ExitStack() as stack:
             for group in groups:
-                name, module = group.linears[0].name, _module(model, group.linears[0])
+                name, module = group.linears[0].name, model.module(group.linears[0])
                 hook = module.register_forward_pre_hook(lambda _, args, n=name: seen.__setitem__(n, args[0].clone()))
                 stack.callback(hook.remove)
             for linear in [x for group in chosen for x in group.linears]:
-                hook = _module(model, linear).register_forward_hook(lambda _, args, out: 2 * out)
+                hook = model.module(linear).register_forward_hook(lambda _, args, out: 2 * out)
                 stack.callback(hook.remove)
             activations.run(block, row)
         return seen
 
-    plain = inputs()
+    plain = now = inputs() if groups else {}
     for group in groups:
         name = group.linears[0].name
-        if not chosen or torch.equal(inputs()[name], plain[name]):
+        if torch.equal(now[name], plain[name]):
             chosen.append(group)
+            now = inputs()
     return chosen
-
-
-def _module(model: BlockModel, linear: Linear) -> Any:
-    return model.model.get_submodule(linear.param.rpartition(".")[0])
 
 
 @dataclass
@@ -308,7 +304,7 @@ def _compared(
     with ExitStack() as stack:
         for group in groups:
             linear = group.linears[0]
-            module = _module(model, linear)
+            module = model.module(linear)
             handle = module.register_forward_pre_hook(lambda _, args, name=linear.name: seen.__setitem__(name, args[0]))
             stack.callback(handle.remove)
         weighed = [linear for group in groups if group.weighted for linear in group.linears]
@@ -386,8 +382,7 @@ class _Watch(TorchFunctionMode):
         fused: dict[str, dict[int, list[Linear]]] = {}
         for linear in linears:
             if linear.expert is None:
-                module = model.model.get_submodule(linear.param.rpartition(".")[0])
-                handle = module.register_forward_pre_hook(self._hook(linear))
+                handle = model.module(linear).register_forward_pre_hook(self._hook(linear))
                 self._stack.callback(handle.remove)
             else:
                 fused.setdefault(linear.param, {}).setdefault(linear.expert, []).append(linear)

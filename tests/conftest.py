@@ -150,3 +150,15 @@ def build(emulate: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Call
     if "PYTEST_XDIST_WORKER" in os.environ:
         base = base.parent  # what all workers share
     return partial(emulate.build, work=base / "emulated")
+
+
+@pytest.fixture
+def four_experts(tmp_path: Path, make_model: Callable[..., Path]) -> Path:
+    """A model of one block with four experts, of which a token goes to two."""
+    from transformers import Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        hidden_size=32, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
+        head_dim=16, vocab_size=320, num_experts=4, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    return make_model(config, tmp_path / "moe")

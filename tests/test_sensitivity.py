@@ -54,7 +54,7 @@ def faked(block: Block) -> tuple[Any, list[Any]]:
             return block(states.detach().requires_grad_().clone())
 
     linears = [SimpleNamespace(name=n, param=f"{n}.weight") for n, _ in block.named_children()]
-    return SimpleNamespace(model=block, traced=traced), linears
+    return SimpleNamespace(traced=traced, module=lambda linear: block.get_submodule(linear.name)), linears
 
 
 def told(block: Block, states: Tensor, first: int = 0) -> dict[str, tuple[Tensor, Tensor]]:
@@ -167,8 +167,8 @@ def test_shares_of_a_row() -> None:
     assert shares.add("a", 2, one) is None, "the next rows begin anew"
 
 
-def flow_of(folder: Path, tmp_path: Path, size: int = 3, dtype: torch.dtype = torch.float32) -> Any:
-    model = BlockModel(Weights(Checkpoint.open(folder)), dtype, torch.device("cpu"))
+def flow_of(folder: Path, tmp_path: Path, size: int = 3) -> tuple[BlockModel, Activations]:
+    model = BlockModel(Weights(Checkpoint.open(folder)), torch.float32, torch.device("cpu"))
     tokens = torch.randint(0, 300, (8, 24), generator=torch.Generator().manual_seed(0))
     flow = Activations(model, tokens, size, tmp_path / "spill")
     flow.enter()
@@ -224,15 +224,9 @@ def test_rows_that_go_together_change_rounding_only(toy: Path, tmp_path: Path) -
         assert not one.stats.mean_abs.requires_grad
 
 
-def test_experts(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+def test_experts(tmp_path: Path, four_experts: Path) -> None:
     """Each has the tokens that its router sent, and they count by their own slopes."""
-    from transformers import Qwen3MoeConfig
-
-    config = Qwen3MoeConfig(
-        hidden_size=32, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=16, vocab_size=320, num_experts=4, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model, flow = flow_of(make_model(config, tmp_path / "moe"), tmp_path)
+    model, flow = flow_of(four_experts, tmp_path)
     weighted = stats.collect(model, 0, model.linears(0), flow, WEIGHTED)
     plain = stats.collect(model, 0, model.linears(0), flow, Needs(hessian=True))
     assert [[x.name for x in g.linears] for g in weighted] == [[x.name for x in g.linears] for g in plain]

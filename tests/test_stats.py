@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,8 +35,8 @@ def test_every_hessian_is_the_mean_outer_product(toy: Path, tmp_path: Path) -> N
         handles.append(
             module.register_forward_pre_hook(lambda m, a, store=store: store.append(a[0].flatten(0, 1).double()))
         )
-    for _ in flow.through(0):
-        pass
+    for states in flow.pieces():
+        flow.run(0, states)
     for handle in handles:
         handle.remove()
     groups = collect(model, 0, model.linears(0), flow, Needs(hessian=True))
@@ -61,15 +60,9 @@ def test_batch_size_changes_rounding_only(toy: Path, tmp_path: Path) -> None:
         assert torch.allclose(a.stats.hessian, b.stats.hessian, rtol=1e-4, atol=1e-6)
 
 
-def test_experts_see_their_own_tokens(tmp_path: Path, make_model: Callable[..., Path]) -> None:
+def test_experts_see_their_own_tokens(tmp_path: Path, four_experts: Path) -> None:
     """The Hessian of each expert is that of the tokens its router sent, found here by hand."""
-    from transformers import Qwen3MoeConfig
-
-    config = Qwen3MoeConfig(
-        hidden_size=32, moe_intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=16, vocab_size=320, num_experts=4, num_experts_per_tok=2, bos_token_id=0, eos_token_id=0,
-    )  # fmt: skip
-    model, flow = flow_of(make_model(config, tmp_path / "moe"), tmp_path)
+    model, flow = flow_of(four_experts, tmp_path)
     block = model.model.get_submodule(model.block_names[0])
     inputs: list[torch.Tensor] = []
     handle = block.mlp.register_forward_pre_hook(lambda m, a: inputs.append(a[0].flatten(0, 1)))

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+
+from compress.repeatable import repeatable
 
 
 @contextmanager
@@ -16,14 +17,8 @@ def poisoned() -> Iterator[None]:
 
     torch does that where it is asked for deterministic algorithms.
     """
-    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of what is not deterministic
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        try:
-            yield
-        finally:
-            torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+    with repeatable(fill=True):
+        yield
 
 
 def difference(out: Tensor, reference: Tensor) -> float:

@@ -132,9 +132,8 @@ class GPTQ:
 
     @property
     def refinable(self) -> bool:
-        plain = self.reference != "none" or not self.scale_search or not self.refit or not self.descent
-        plain = plain or not self.token_weights
-        return quality.few(self.bits) and not plain
+        added = self.scale_search, self.refit, self.descent, self.token_weights
+        return quality.few(self.bits) and self.reference == "none" and all(added)
 
     @property
     def needs(self) -> Needs:

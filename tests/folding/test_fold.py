@@ -122,7 +122,7 @@ class House:
         return collect(self.model, 0, self.linears, self.flow, Needs(hessian=True, ranges=True))
 
     def out(self) -> Tensor:
-        return torch.cat([x for _, x in self.flow.through(0)]).float()
+        return torch.cat([self.flow.run(0, x) for x in self.flow.pieces()]).float()
 
     def state(self) -> dict[str, Tensor]:
         inside = self.model.block_names[0] + "."

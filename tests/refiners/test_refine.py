@@ -104,10 +104,10 @@ def test_gains_are_tuned_too() -> None:
     task.vectors["gain"] = (1 + 0.3 * torch.sin(torch.arange(32.0))).bfloat16()  # the targets were made with 1
     before = layers(task)
     plain = Refine(steps=80, rate=0.02).refine(before, task.weights, task, seed=0)
-    fine = Refine(steps=80, rate=0.02, norms=True, scale_rate=0.01).refine(before, task.weights, task, seed=0)
+    fine = Refine(steps=80, rate=0.02, norms=True, scale_rate=0.015).refine(before, task.weights, task, seed=0)
     assert plain.vectors == {}
     assert fine.vectors["gain"].dtype == torch.bfloat16
-    assert fine.after < 0.95 * plain.after
+    assert fine.after < 0.9 * plain.after
     task.vectors |= fine.vectors
     assert fine.after == pytest.approx(error(task, fine.packed, range(11, 12)), rel=1e-5)
 
