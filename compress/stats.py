@@ -414,7 +414,8 @@ class _Watch(TorchFunctionMode):
             if owner != linear.name:
                 self._sums[owner].linears.append(linear)
                 return
-            self._sums[linear.name] = _Sum([linear], self._needs, seen=[x])
+            # detached: x knows its graph, whose hooks know this sum, a circle that no collector sees
+            self._sums[linear.name] = _Sum([linear], self._needs, seen=[x.detach()])
         if linear.name in self._sums:
             self._add(linear.name, x)
 

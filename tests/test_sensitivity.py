@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -257,6 +258,45 @@ def test_a_block_that_cannot_be_differentiated(toy: Path, tmp_path: Path, monkey
     monkeypatch.setattr(BlockModel, "traced", lambda *given: (_ for _ in ()).throw(RuntimeError("CUDA out of memory")))
     with pytest.raises(RuntimeError, match="out of memory"):
         stats.collect(model, 0, model.linears(0), flow, WEIGHTED)
+
+
+def test_a_way_back_that_had_no_room_leaves_nothing_behind(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was kept for it must be gone before fewer rows are tried: a cycle through a graph is one no collector sees."""
+    model, flow = flow_of(toy, tmp_path, 4)
+    kept: list[weakref.ref[Kept]] = []
+    left: list[int] = []
+    whole, accumulate = BlockModel.traced, stats.accumulate
+
+    def traced(*given: Any) -> Tensor:
+        left.append(sum(ref() is not None for ref in kept))
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: Kept.of(t, kept), lambda box: box.tensor):
+            return whole(*given)
+
+    def short(*given: Any) -> None:
+        monkeypatch.setattr(stats, "accumulate", accumulate)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
+
+    monkeypatch.setattr(BlockModel, "traced", traced)
+    monkeypatch.setattr(stats, "accumulate", short)
+    stats.collect(model, 0, model.linears(0), flow, WEIGHTED)
+    assert flow.rows == 2
+    assert len(kept) > 20
+    assert left == [0] * 5
+
+
+@dataclass(eq=False)
+class Kept:
+    """What a graph keeps of one tensor."""
+
+    tensor: Tensor
+
+    @classmethod
+    def of(cls, tensor: Tensor, all_of_them: list[weakref.ref[Kept]]) -> Kept:
+        box = cls(tensor.detach())
+        all_of_them.append(weakref.ref(box))
+        return box
 
 
 def test_the_past_by_the_same_weights(toy: Path, tmp_path: Path) -> None:
