@@ -21,6 +21,7 @@ from compress import linear as computing
 from compress.ahead import Lane, Reader, Timed, untimed
 from compress.errors import CompressError
 from compress.formats.base import LayerShape
+from compress.repeatable import OwnAttention
 from compress.skeleton import Part, decoder_blocks, disk_names, keeps_transposed, skeleton
 from compress.types import Packed
 from compress.weights import Weights
@@ -433,10 +434,12 @@ class BlockModel:
         if shape not in self._calls:  # how a block is called depends on nothing else
             self.embed(torch.zeros(shape, dtype=torch.int64))
         call = self._calls[shape][block]
-        if call.keyword:
-            out = function(*call.args, hidden_states=hidden, **call.kwargs)
-        else:
-            out = function(hidden, *call.args, **call.kwargs)
+        back = torch.is_grad_enabled() and hidden.device.type == "cuda"
+        with OwnAttention() if back else contextlib.nullcontext():
+            if call.keyword:
+                out = function(*call.args, hidden_states=hidden, **call.kwargs)
+            else:
+                out = function(hidden, *call.args, **call.kwargs)
         result: Tensor = out[0] if isinstance(out, tuple) else out
         return result
 

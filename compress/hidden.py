@@ -33,7 +33,9 @@ _DEVICE_FULL = 0.9  # of it, where somebody does
 _HOST_SHARE = 0.5
 _BATCH_SHARE = 0.25
 #: tokens a batch, on a GPU and on a CPU, and in a run that is to need little memory the share of them
-_TOKENS, _TOKENS_CPU, _LOW_SHARE = 16384, 4096, 4
+TOKENS, _TOKENS_CPU, _LOW_SHARE = 16384, 4096, 4
+#: hidden size and widest activation of the blocks (of Llama-2-7B) that keep a GPU busy with so many tokens
+_WIDE = 4096, 11008
 #: what torch and its libraries say when a device has no memory left, beside torch.OutOfMemoryError
 _NO_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 
@@ -324,14 +326,18 @@ def batch_rows(
     low_memory: bool = False,
     free: Free = free_memory,
 ) -> int:
-    """Rows a batch: a power of two, about 16 thousand tokens (4 thousand on a CPU), less where free memory is short.
+    """Rows a batch: a power of two, less where free memory is short.
+
+    On a CPU about 4 thousand tokens. On a GPU 16 thousand, and more of a narrow model, whose kernels would else be
+    shorter than what it takes to launch them: as many as take what 16 thousand of a model of 7 billion parameters do.
 
     Args:
         hidden, widest: see `row_bytes`.
         low_memory: a quarter of that.
     """
     most = max(1, int(_BATCH_SHARE * free(device) / row_bytes(seq, hidden, widest)))
-    tokens = _TOKENS if device.type == "cuda" else _TOKENS_CPU
+    narrow = row_bytes(1, *_WIDE) / row_bytes(1, hidden, widest)
+    tokens = int(TOKENS * max(1.0, narrow)) if device.type == "cuda" else _TOKENS_CPU
     wanted = max(1, (tokens // _LOW_SHARE if low_memory else tokens) // seq)
     size = 1
     while size * 2 <= min(most, wanted, rows):

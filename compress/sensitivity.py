@@ -14,16 +14,14 @@ whole model: Kim et al., GuidedQuant, ICML 2025. This one needs no more than the
 from __future__ import annotations
 
 from collections.abc import Callable, Collection
-from contextlib import ExitStack, nullcontext
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
-from torch.overrides import TorchFunctionMode
 
 from compress.blocks import BlockModel, Linear
-from compress.repeatable import repeatable
+from compress.repeatable import ordered
 
 #: of the squares: one estimate of a trace is noisy, and the noise of its largest would be what counts
 _POWER = 0.75
@@ -102,10 +100,8 @@ class Slopes:
                 makes no difference how many rows go together.
         """
         try:
-            there = states.device.type == "cuda"  # where the order of sums is not always the same
-            with repeatable() if there else nullcontext():
-                with OwnAttention() if there else nullcontext():
-                    out = self._model.traced(block, states, (len(states), seq))
+            with ordered(states.device):
+                out = self._model.traced(block, states, (len(states), seq))
                 torch.autograd.backward([out], [_signs(out.detach(), block, first)])
             for name, x in self._waiting.values():  # what decides without a slope, as a choice does: all alike
                 if x.numel():
@@ -123,42 +119,3 @@ def _signs(output: Tensor, block: int, first: int) -> Tensor:
         generator.manual_seed(block << 32 | (first + i))
         row.bernoulli_(0.5, generator=generator)
     return signs.mul_(2).sub_(1).mul_(unit)
-
-
-class OwnAttention(TorchFunctionMode):
-    """Attention whose backward pass is the same each time."""
-
-    def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if func is F.scaled_dot_product_attention and len(args) >= 3:
-            names = ("attn_mask", "dropout_p", "is_causal")  # that may be given by their places
-            given = {**dict(zip(names, args[3:], strict=False)), **(kwargs or {})}
-            return Attention.apply(*args[:3], given)  # type: ignore[no-untyped-call]
-        return func(*args, **(kwargs or {}))
-
-
-class Attention(torch.autograd.Function):
-    """`scaled_dot_product_attention`. Its fast kernels sum up slopes in the order in which blocks happen to end, unless
-    torch is asked for deterministic algorithms and nothing less (`warn_only` leaves them as they are), which matrix
-    products around it would refuse. So the backward pass computes it anew, alone, under that wish."""
-
-    @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, given: dict[str, Any]) -> Tensor:
-        ctx.save_for_backward(query, key, value)
-        ctx.given = given
-        return F.scaled_dot_product_attention(query, key, value, **given)
-
-    @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        def slopes(warn_only: bool) -> tuple[Tensor, ...]:
-            inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
-            with torch.enable_grad(), repeatable(warn_only):
-                return torch.autograd.grad(F.scaled_dot_product_attention(*inputs, **ctx.given), inputs, slope)
-
-        try:
-            return *slopes(False), None
-        except RuntimeError as error:
-            if "deterministic" not in str(error):
-                raise
-            return *slopes(True), None  # made of matrix products, which are the same each time as they are

@@ -25,6 +25,7 @@ from compress.plan import Plan
 from compress.refiners.task import BlockTask
 from compress.solvers.hessian import row_losses
 from compress.solvers.past import aimed
+from compress.sums import Inputs
 from compress.types import LayerStats, Packed, Pass, Refined, Solved, Transform
 from compress.verify import digest
 
@@ -116,11 +117,11 @@ def compress_block(
     linears = plan.blocks[block]
     done = Block(block)
     folds = done.folds
-    inputs = _inputs(model, plan, block, linears, flow, clock, shared if block == 0 else None)
-    if original is not None and block < len(model.block_names):
+    first, inside = block == 0, block < len(model.block_names)
+    beside = original if plan.needs.past and inside and not first else None  # the first block's are the original's
+    inputs = _inputs(model, plan, block, linears, flow, clock, shared if first else None, beside)
+    if original is not None and inside:
         with clock("forward"):
-            if flow is not None and plan.needs.past and block:  # the first block's inputs are the original's
-                inputs = stats.collect_past(model, block, inputs, flow, original)
             original.advance(block)
     refining = original is not None and plan.needs.outputs
     if plan.recipe.transforms and block < len(model.block_names):
@@ -193,20 +194,21 @@ def _inputs(
     flow: Activations | None,
     clock: Clock,
     shared: stats.Shared | None = None,
-) -> list[stats.Inputs]:
-    """The layers by common input, with statistics where a step needs them."""
+    originals: Activations | None = None,
+) -> list[Inputs]:
+    """The layers by common input, with statistics where a step needs them; with originals, of the past too."""
     watched = [x for x in linears if plan.recipe.transforms or any(p.needs.statistics for p in plan.choice[x.name])]
     needs = plan.needs.statistics
-    found: list[stats.Inputs] = []
+    found: list[Inputs] = []
     if flow is not None and watched:
-        collect = partial(stats.collect, model, block, watched, flow, needs, clock)
+        collect = partial(stats.collect, model, block, watched, flow, needs, clock, originals)
         with clock("forward"):
             found = collect() if shared is None else shared.get(needs, watched, collect)
     known = {x.name for group in found for x in group.linears}
-    return found + [stats.Inputs([x], LayerStats(0)) for x in linears if x.name not in known]
+    return found + [Inputs([x], LayerStats(0)) for x in linears if x.name not in known]
 
 
-def _together(plan: Plan, group: stats.Inputs) -> Iterator[stats.Inputs]:
+def _together(plan: Plan, group: Inputs) -> Iterator[Inputs]:
     """The parts of a group that are solved in one call: the same passes, and row counts that keep rows independent."""
     same: dict[tuple[int, ...], list[Linear]] = {}
     for linear in group.linears:
@@ -214,9 +216,9 @@ def _together(plan: Plan, group: stats.Inputs) -> Iterator[stats.Inputs]:
     for linears in same.values():
         units = {p.row_unit for p in plan.choice[linears[0].name]}
         if 0 in units or any(x.shape[0] % unit for unit in units for x in linears):
-            yield from (stats.Inputs([linear], group.stats) for linear in linears)
+            yield from (Inputs([linear], group.stats) for linear in linears)
         else:
-            yield stats.Inputs(linears, group.stats)
+            yield Inputs(linears, group.stats)
 
 
 @dataclass(frozen=True)
@@ -239,7 +241,7 @@ class Layer:
     weight: Tensor | None = None
 
 
-def _solve(model: BlockModel, plan: Plan, part: stats.Inputs, folds: Folds, survey: Survey, keep: bool) -> list[Layer]:
+def _solve(model: BlockModel, plan: Plan, part: Inputs, folds: Folds, survey: Survey, keep: bool) -> list[Layer]:
     """Run the passes on the rows of all layers of a part; errors name the layers. keep: their weights, too."""
     weight = torch.cat([folds.weight(model, linear) for linear in part.linears])
     spread = survey.get(part.linears[0].name)
@@ -288,7 +290,7 @@ def run_passes(passes: tuple[Pass, ...], weight: Tensor, given: LayerStats, dtyp
     return Solved(packed, loss, norm, solved.notes + later.notes, figures)
 
 
-def _slices(part: stats.Inputs, solved: Solved) -> Iterator[tuple[Linear, slice, tuple[float, float]]]:
+def _slices(part: Inputs, solved: Solved) -> Iterator[tuple[Linear, slice, tuple[float, float]]]:
     """Each layer of a solved part, its rows, and the sums of their losses and norms: one look at the device for all."""
     ends = [0]
     for linear in part.linears:
@@ -390,11 +392,11 @@ def _transform(
     model: BlockModel,
     plan: Plan,
     block: int,
-    inputs: list[stats.Inputs],
+    inputs: list[Inputs],
     flow: Activations | None,
     folds: Folds,
     done: Block,
-) -> list[stats.Inputs]:
+) -> list[Inputs]:
     """Apply the recipe's transforms to the block, in order; the statistics follow the rescaled channels."""
     from compress.folding.fold import fold
 

@@ -18,7 +18,7 @@ class Needs:
 
     Attributes:
         hessian: the mean of x x^T.
-        weighted: of each layer its own, in which tokens count by what an error there does to the block's output
+        weighted: tokens count in the Hessian by what an error there does to the block's output
             (compress/sensitivity.py), for all steps with a Hessian; the head's has none of this.
         ranges: of each feature the largest and the mean magnitude, and the mean.
         above: the share of tokens in which a feature's magnitude reaches this number.
@@ -66,17 +66,17 @@ class Needs:
 class Past:
     """How the inputs x of a layer differ from the inputs x~ that the original model gives it.
 
-    All float32 [in, in]; the rows that calibration ran on are two parts, seen and held.
+    All float32 [in, in]; means over tokens, weighted where `Needs.weighted` asks for it.
 
     Attributes:
-        seen: the mean of (x~ - x) x^T over the seen rows.
-        held: the same over the others.
-        held_hessian: the mean of x x^T over the others.
-        share: of the tokens that are held.
+        cross: the mean of (x~ - x) x^T.
+        held_cross: the same over some rows, which are held out.
+        held_hessian: the mean of x x^T over those.
+        share: of the tokens' weights that are held out.
     """
 
-    seen: Tensor
-    held: Tensor
+    cross: Tensor
+    held_cross: Tensor
     held_hessian: Tensor
     share: float
 

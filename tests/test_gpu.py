@@ -12,7 +12,7 @@ from compress.checkpoint import Checkpoint
 from compress.solvers import columns, kernel
 from compress.solvers import hessian as second_order
 from compress.solvers.hessian import row_losses
-from compress.stats import accumulate
+from compress.sums import accumulate
 from compress.types import LayerStats
 from compress.verify import layers
 from compress.weights import Weights
@@ -100,11 +100,15 @@ def test_hessian_from_16_bit_activations() -> None:
     ],
 )
 def test_bundled_run_is_repeatable(method: compress.GPTQ, tmp_path: Path) -> None:
-    """Same seed, same device: the same bytes; and the result is close to the original."""
+    """Same seed, same device: the same bytes; and the result is close to the original.
+
+    Rows of 512 tokens: attention's slopes are summed up in parts of 128, and two of them make one sum in any order.
+    """
     files: list[dict[str, bytes]] = []
     for name in ("a", "b"):
         folder = tmp_path / name / "same-name"  # the model card carries the folder's name
-        result = compress.run("bundled", method, folder, calib="bundled", eval="bundled", seq_len=256)
+        result = compress.run("bundled", method, folder, calib="bundled", eval="bundled", seq_len=512)
+        assert result.notes == [], "a step that cannot be captured, for one"
         assert result.score is not None
         assert result.original is not None
         assert result.score.perplexity < 1.12 * result.original.perplexity

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import compress
-from compress import flows, hidden, passes, pipeline, stats
+from compress import flows, hidden, passes, pipeline, stats, sums
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
 from compress.hidden import Activations, HiddenStates, batch_rows, choose_tier, row_bytes
@@ -105,6 +105,16 @@ def test_batches_follow_free_memory() -> None:
     assert batch_rows(128, 2048, 4096, 11008, CPU, False, machine(0, 10**12)) == 2
 
 
+def test_batches_of_a_narrow_model() -> None:
+    """More tokens, in no more memory than a wide one's; a CPU has no launches to wait for."""
+    wide = row_bytes(2048, 4096, 11008)
+    assert batch_rows(128, 2048, 576, 1536, GPU, False, machine(10**12, 0)) == 32
+    assert batch_rows(128, 2048, 576, 1536, GPU, True, machine(10**12, 0)) == 8
+    assert batch_rows(128, 2048, 8192, 28672, GPU, False, machine(10**12, 0)) == 8, "a wider one has no fewer"
+    assert batch_rows(10**6, 128, 64, 256, GPU, False, machine(4 * wide, 0)) * row_bytes(128, 64, 256) <= wide
+    assert batch_rows(128, 2048, 576, 1536, CPU, False, machine(0, 10**12)) == 2
+
+
 def test_batches_are_powers_of_two_within_rows() -> None:
     assert batch_rows(1, 128, 64, 256, CPU) == 1
     assert batch_rows(100, 128, 64, 256, CPU) == 32
@@ -142,7 +152,7 @@ class Small:
         self.failed: list[int] = []
         self.most = most
         self._error = error or torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
-        run, traced, accumulate = BlockModel.run, BlockModel.traced, stats.accumulate
+        run, traced, accumulate = BlockModel.run, BlockModel.traced, sums.accumulate
 
         def block(model: BlockModel, number: int, states: torch.Tensor, shape: Any) -> torch.Tensor:
             self._take(len(states))
@@ -154,13 +164,13 @@ class Small:
 
         def product(total: torch.Tensor, x: torch.Tensor, *more: Any) -> None:
             accumulate(total, x, *more)  # fails when the sum has been changed already
-            self._take(len(x) // SMALL["seq_len"])
+            self._take(len(x))
 
         if where == "block":
             monkeypatch.setattr(BlockModel, "run", block)
             monkeypatch.setattr(BlockModel, "traced", there_and_back)
         else:
-            monkeypatch.setattr(stats, "accumulate", product)
+            monkeypatch.setattr(sums, "accumulate", product)
 
     def _take(self, rows: int) -> None:
         if rows > self.most:

@@ -14,13 +14,14 @@ import torch
 from torch import Tensor, nn
 
 import compress
-from compress import sensitivity, stats
+from compress import sensitivity, stats, sums
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
 from compress.hidden import Activations
 from compress.passes.sparsegpt import SparseGPT
 from compress.passes.spqr import SpQR
-from compress.sensitivity import OwnAttention, Shares, Slopes
+from compress.repeatable import OwnAttention
+from compress.sensitivity import Shares, Slopes
 from compress.types import Needs
 from compress.weights import Weights
 
@@ -263,11 +264,12 @@ def test_a_block_that_cannot_be_differentiated(toy: Path, tmp_path: Path, monkey
 def test_a_way_back_that_had_no_room_leaves_nothing_behind(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was kept for it must be gone before fewer rows are tried: a cycle through a graph is one no collector sees."""
+    """What was kept for it must be gone before fewer rows are tried: a circle through a graph is one that no
+    collector sees."""
     model, flow = flow_of(toy, tmp_path, 4)
     kept: list[weakref.ref[Kept]] = []
     left: list[int] = []
-    whole, accumulate = BlockModel.traced, stats.accumulate
+    whole, accumulate = BlockModel.traced, sums.accumulate
 
     def traced(*given: Any) -> Tensor:
         left.append(sum(ref() is not None for ref in kept))
@@ -275,11 +277,11 @@ def test_a_way_back_that_had_no_room_leaves_nothing_behind(
             return whole(*given)
 
     def short(*given: Any) -> None:
-        monkeypatch.setattr(stats, "accumulate", accumulate)
+        monkeypatch.setattr(sums, "accumulate", accumulate)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB")
 
     monkeypatch.setattr(BlockModel, "traced", traced)
-    monkeypatch.setattr(stats, "accumulate", short)
+    monkeypatch.setattr(sums, "accumulate", short)
     stats.collect(model, 0, model.linears(0), flow, WEIGHTED)
     assert flow.rows == 2
     assert len(kept) > 20
@@ -299,22 +301,30 @@ class Kept:
         return box
 
 
-def test_the_past_by_the_same_weights(toy: Path, tmp_path: Path) -> None:
-    """Held and other rows make up the Hessian that `collect` found, so what is solved from both fits together."""
-    model, ours = flow_of(toy, tmp_path, 2)
-    theirs = Activations(model, ours.tokens, 2, tmp_path / "theirs")
+def test_the_past_by_the_same_weights(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In float64, from the slopes that autograd gave: every fourth row is held out, and is in the Hessian too."""
+    model, ours = flow_of(toy, tmp_path, 3)
+    theirs = Activations(model, ours.tokens, 3, tmp_path / "theirs")
     theirs.enter()
     for i in range(len(ours)):
-        noise = torch.randn(2, 24, model.hidden_size, generator=torch.Generator().manual_seed(i))
+        noise = torch.randn(ours.states(i).shape, generator=torch.Generator().manual_seed(i))
         ours._states.put(i, ours.states(i) + 0.1 * noise)
-    groups = stats.collect(model, 0, model.linears(0), ours, WEIGHTED)
-    for group, found in zip(groups[:1], stats.collect_past(model, 0, groups, ours, theirs)[:1], strict=True):
-        past, hessian = found.stats.past, group.stats.hessian
-        assert past is not None
-        assert hessian is not None
-        assert 0.1 < past.share < 0.4
-        rest = (hessian - past.share * past.held_hessian) / (1 - past.share)
-        assert float(torch.linalg.eigvalsh(rest).min()) > -1e-6 * float(rest.trace())
+    seen = recorded(monkeypatch)
+    first = stats.collect(model, 0, model.linears(0), ours, WEIGHTED, originals=theirs)[0]
+    x = torch.cat([x for x, _ in seen[first.linears[0].name]])
+    each = [torch.cat([w for _, w in seen[linear.name]]) for linear in first.linears]
+    w = torch.stack([w / w.mean(1, keepdim=True) for w in each]).mean(0)
+    inputs: list[Tensor] = []
+    model.module(first.linears[0]).register_forward_pre_hook(lambda _, args: inputs.append(args[0].double()))
+    for piece in theirs.pieces():
+        theirs.run(0, piece)
+    off = torch.cat(inputs) - x
+    past = first.stats.past
+    assert past is not None
+    for cross, rows in ((past.cross, slice(None)), (past.held_cross, slice(3, None, 4))):
+        a, b, c = off[rows].flatten(0, 1), x[rows].flatten(0, 1), w[rows].flatten()
+        assert torch.allclose(cross.double(), (a.t() * c) @ b / c.sum(), rtol=1e-3, atol=1e-5)
+    assert past.share == pytest.approx(float(w[3::4].sum() / w.sum()), rel=1e-5)
 
 
 RUN: dict[str, Any] = {"samples": 8, "seq_len": 48, "device": "cpu", "no_eval": True, "no_client": True}

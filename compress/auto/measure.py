@@ -26,6 +26,7 @@ from compress.blocks import BlockModel, Linear
 from compress.errors import CompressError
 from compress.hidden import Activations
 from compress.job import Progress, Status
+from compress.sums import Inputs
 from compress.types import LayerStats, Packed, Pass, moved
 
 #: a group whose layers are rounded alone, by its candidate
@@ -153,11 +154,11 @@ def _solved_block(
     return packed
 
 
-def _inputs(work: Work, block: int, wanted: dict[str, set[int]]) -> list[stats.Inputs]:
+def _inputs(work: Work, block: int, wanted: dict[str, set[int]]) -> list[Inputs]:
     """The wanted layers by common input, with statistics where the method needs them."""
     linears = [x for group in work.field.groups if group.block == block for x in group.linears if x.name in wanted]
     if work.flow is None or not linears:
-        return [stats.Inputs([x], LayerStats(0)) for x in linears]
+        return [Inputs([x], LayerStats(0)) for x in linears]
     return stats.collect(work.model, block, linears, work.flow, work.field.candidates[0].method.needs)
 
 

@@ -28,7 +28,7 @@ from compress.bench.sums import BLOCK, CALLS, block, goals
 from compress.errors import CompressError
 from compress.solvers.columns import products
 from compress.solvers.hessian import row_losses
-from compress.stats import accumulate
+from compress.sums import accumulate
 
 #: inputs that are timed; more are as many times as long
 CHUNK = 16384

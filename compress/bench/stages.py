@@ -30,7 +30,7 @@ from compress.solvers import spqr as spqr_solver
 from compress.solvers.hessian import prepare, refit_kept, refit_scales, row_losses, unvisit
 from compress.solvers.kernel import Fast
 from compress.solvers.masks import Choice
-from compress.stats import accumulate
+from compress.sums import accumulate
 from compress.types import LayerStats, Packed, Pass, Solved
 
 Shape = tuple[int, int]

@@ -24,7 +24,8 @@ from compress.blocks import BlockModel, Linear
 from compress.errors import CompressError
 from compress.evaluate.states import Step
 from compress.hidden import Activations
-from compress.stats import Inputs, collect
+from compress.stats import collect
+from compress.sums import Inputs
 from compress.types import Needs
 
 

@@ -23,7 +23,7 @@ from compress.blocks import BlockModel, Linear
 from compress.folding.edges import Channels, Found, Site, apart, find
 from compress.folding.tap import Block
 from compress.folding.work import Work, joined
-from compress.stats import Inputs
+from compress.sums import Inputs
 from compress.types import Edge, LayerStats, Transform
 
 #: tokens of the sample that edges are proved on

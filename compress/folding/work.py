@@ -10,7 +10,7 @@ from torch import Tensor
 
 from compress.blocks import BlockModel, Linear
 from compress.folding.tap import parts_of
-from compress.stats import Inputs
+from compress.sums import Inputs
 from compress.types import LayerStats
 
 

@@ -27,6 +27,7 @@ from torch import Tensor
 
 from compress.errors import CompressError
 from compress.refiners.tuned import Tuned, paces, tunable, tuned, tuned_vector
+from compress.repeatable import ordered
 from compress.types import Packed, Refined, Task
 
 #: levels that a usual gradient moves a rounding, times the root of the steps
@@ -178,7 +179,7 @@ def _step(
 ) -> None:
     """Move everything against its gradient on a piece, which is scaled so that 16-bit floats neither overflow nor lose
     it."""
-    with torch.enable_grad():
+    with ordered(task.device), torch.enable_grad():
         square = _off(task.output(leaves, inputs), target).square().sum()
         root = square / square.detach().sqrt().clamp(min=1e-20)
         # an expert that no token of the piece reaches has no part in it

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from compress.blocks import BlockModel, Linear
-from compress.hidden import Activations
+from compress.hidden import TOKENS, Activations
 
 
 class BlockTask:
-    """See `compress.types.Task`. A piece is as many rows as go through a block at once.
+    """See `compress.types.Task`. A piece is as many rows as go through a block at once, or as 16 thousand tokens are.
 
     Args:
         linears: the layers that are tuned, by block; the blocks are loaded and follow each other.
@@ -27,7 +27,7 @@ class BlockTask:
         self._linears = {block: {x.name: x for x in mine} for block, mine in linears.items()}
         self._params = {block: model.vectors(block) for block in linears}
         self._inputs, self._targets = inputs, targets
-        rows = inputs.rows
+        rows = min(inputs.rows, max(1, TOKENS // inputs.tokens.shape[1]))
         if len(inputs.tokens) <= rows and rows > 1:
             rows = -(-rows // 2)  # of one piece nothing could be held out
         self._pieces = [

@@ -5,7 +5,7 @@ H the mean of x x^T and C that of (x~ - x) x^T, the weights nearest to that are 
 et al. 2025, and Qronos, Zhang et al. 2025, build this into the column loop). C is an estimate from few rows: H^-1 makes
 its noise large exactly where inputs are small, and the whole correction can ruin a model. So it is shrunk by what rows
 that had no part in it say: of W + t W C H^-1 the held-out error is a parabola in t, whose lowest point within [0, 1] is
-taken. Where the correction is noise, t is 0. Only the first layers of a block are corrected (`stats.collect_past`).
+taken. Where the correction is noise, t is 0. Only the first layers of a block are corrected (stats.py, `_unfed`).
 """
 
 from __future__ import annotations
@@ -25,16 +25,15 @@ def aimed(weight: Tensor, hessian: Tensor, past: Past, damp_percent: float) -> t
         damp_percent: share of H's mean diagonal added to its diagonal before it is inverted.
     """
     held, share = past.held_hessian, past.share
-    seen = (hessian - share * held) / (1 - share)
-    move = _solved(weight @ past.seen, seen, damp_percent)
+    seen, seen_cross = ((a - share * b) / (1 - share) for a, b in ((hessian, held), (past.cross, past.held_cross)))
+    move = _solved(weight @ seen_cross, seen, damp_percent)
     # E |W x~ - (W + t D) x|^2 = const - 2 t <D, W C> + t^2 <D H, D>, C and H of the held-out rows
-    gain = (move * (weight @ past.held)).sum(dtype=torch.float64)
+    gain = (move * (weight @ past.held_cross)).sum(dtype=torch.float64)
     cost = ((move @ held) * move).sum(dtype=torch.float64)
     t = float(torch.where(cost > 0, gain / cost, torch.zeros_like(gain)).clamp(0, 1))
     if not t:
         return weight, 0.0
-    cross = (1 - share) * past.seen + share * past.held
-    return weight + t * _solved(weight @ cross, hessian, damp_percent), t
+    return weight + t * _solved(weight @ past.cross, hessian, damp_percent), t
 
 
 def _solved(right: Tensor, hessian: Tensor, damp_percent: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from compress.blocks import BlockModel
 from compress.cuda.replay import Replays
+from compress.repeatable import ordered
 from compress.tuning.whole import Student
 
 _Shape = tuple[int, int]
@@ -103,7 +104,7 @@ class Slopes:
         """Add to `sums`, from the gradient in what leaves the last block."""
         shape = (slope.shape[0], slope.shape[1])
         for block in reversed(range(self._count)):
-            with torch.enable_grad():
+            with ordered(slope.device), torch.enable_grad():
                 entered = self._states[shape][block].detach().requires_grad_()
                 left = self.student.block(block, entered, shape)
                 leaves = [entered, *self.student.factors_of(block)]

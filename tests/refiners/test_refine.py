@@ -26,7 +26,9 @@ from compress.passes.rtn import RTN
 from compress.passes.sparsegpt import SparseGPT
 from compress.passes.spqr import SpQR
 from compress.recipe import Recipe, make_recipe
+from compress.refiners import task as refine_task
 from compress.refiners.refine import Refine
+from compress.refiners.task import BlockTask
 from compress.report import words
 from compress.types import LayerStats, Packed
 from compress.weights import Weights
@@ -226,6 +228,24 @@ def test_a_run_at_best_quality(toy_run: Callable[..., Any], small_batches: None)
     (line,) = [x for x in words(fine) if x.startswith("refined")]
     assert f"{sum(shares) / len(shares):.1%}" in line
     assert not any(x.startswith("refined") for x in words(plain))
+
+
+def test_a_step_takes_no_more_tokens_where_more_go_through_a_block(
+    toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches are larger where a model is narrow; a step stays what its rate is for."""
+    monkeypatch.setattr(refine_task, "TOKENS", 2 * 24)
+    model = BlockModel(Weights(Checkpoint.open(toy)), torch.float32, torch.device("cpu"))
+    tokens = torch.randint(0, 200, (9, 24), generator=torch.Generator().manual_seed(0))
+    for size, pieces in ((8, [2, 2, 2, 2, 1]), (1, [1] * 9)):
+        inputs, targets = (Activations(model, tokens, size, tmp_path / name) for name in "ab")
+        inputs.enter()
+        targets.enter()
+        task = BlockTask(model, {0: model.linears(0)}, inputs, targets)
+        found = [task.piece(i) for i in range(len(task))]
+        assert [len(x) for x, _ in found] == pieces
+        assert all(torch.equal(x, y) for x, y in found)
+        assert torch.equal(torch.cat([x for x, _ in found]), torch.cat(list(inputs.pieces())))
 
 
 def test_targets_are_the_original_models(

@@ -40,7 +40,7 @@ def drawn(count: int, moved: float, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 def past_of(theirs: Tensor, ours: Tensor, held: float = 0.25) -> tuple[Tensor, Past]:
     cut = int(len(ours) * (1 - held))
-    parts = [(theirs[:cut], ours[:cut]), (theirs[cut:], ours[cut:])]
+    parts = [(theirs, ours), (theirs[cut:], ours[cut:])]
     cross = [((a - x).T @ x / len(x)).float() for a, x in parts]
     own = parts[1][1]
     past = Past(cross[0], cross[1], (own.T @ own / len(own)).float(), 1 - cut / len(ours))
@@ -75,8 +75,9 @@ def test_it_does_not_learn_noise(weight: Tensor, seed: int) -> None:
     ours = theirs + torch.randn(20, COLUMNS, generator=g, dtype=torch.float64)
     hessian, past = past_of(theirs, ours)
     found, share = aimed(weight, hessian, past, 0.01)
-    cross = 0.75 * past.seen + 0.25 * past.held
-    whole = weight + weight @ cross @ torch.linalg.inv(hessian + 0.01 * hessian.diagonal().mean() * torch.eye(COLUMNS))
+    whole = weight + weight @ past.cross @ torch.linalg.inv(
+        hessian + 0.01 * hessian.diagonal().mean() * torch.eye(COLUMNS)
+    )
     assert share < 1
     fresh = torch.randn(4000, COLUMNS, generator=g, dtype=torch.float64)
     other = fresh + torch.randn(4000, COLUMNS, generator=g, dtype=torch.float64)
@@ -91,7 +92,7 @@ def test_the_share_is_the_best_on_held_out_rows(weight: Tensor) -> None:
     _, share = aimed(weight, hessian, past, 0.01)
     seen = (hessian - 0.25 * past.held_hessian) / 0.75
     seen.diagonal().add_(0.01 * seen.diagonal().mean())
-    move = weight @ past.seen @ torch.linalg.inv(seen)
+    move = weight @ ((past.cross - 0.25 * past.held_cross) / 0.75) @ torch.linalg.inv(seen)
     tried = torch.linspace(0, 1, 201)
     errors = [loss(weight, weight + t * move, theirs[48:], ours[48:]) for t in tried]
     assert float(tried[errors.index(min(errors))]) == pytest.approx(share, abs=0.01)
@@ -110,35 +111,67 @@ def test_nothing_to_correct(weight: Tensor) -> None:
 # --- in a run
 
 
-def test_what_is_compared(toy: Path, tmp_path: Path) -> None:
-    """Of every layer the inputs in both models, over the rows that are held and over the others."""
-    model = BlockModel(Weights(Checkpoint.open(toy)), torch.float32, torch.device("cpu"))
-    tokens = torch.randint(0, 200, (8, 24), generator=torch.Generator().manual_seed(0))
-    ours, theirs = (Activations(model, tokens, 2, tmp_path / name) for name in "ab")
+def entered(folder: Path, tmp_path: Path, size: int, rows: int = 8) -> tuple[BlockModel, Activations, Activations]:
+    """A model, and hidden states of a compressed model beside the original's, two blocks' worth of noise off."""
+    model = BlockModel(Weights(Checkpoint.open(folder)), torch.float32, torch.device("cpu"))
+    tokens = torch.randint(0, 200, (rows, 24), generator=torch.Generator().manual_seed(0))
+    ours, theirs = (Activations(model, tokens, size, tmp_path / name) for name in "ab")
     ours.enter()
     theirs.enter()
     for i in range(len(ours)):
-        ours._states.put(i, ours.states(i) + 0.1 * torch.randn(2, 24, model.hidden_size))
+        first = ours.states(i)
+        noise = [
+            torch.randn(24, model.hidden_size, generator=torch.Generator().manual_seed(size * i + j))
+            for j in range(len(first))
+        ]
+        ours._states.put(i, first + 0.1 * torch.stack(noise))
     model.load(0)
-    groups = stats.collect(model, 0, model.linears(0), ours, Needs(hessian=True))
-    found = stats.collect_past(model, 0, groups, ours, theirs)
-    seen: dict[str, list[Tensor]] = {}
-    for name, linear in [(g.linears[0].name, g.linears[0]) for g in found]:
-        module = model.model.get_submodule(linear.param.rpartition(".")[0])
-        module.register_forward_pre_hook(lambda _, a, name=name: seen.setdefault(name, []).append(a[0].flatten(0, 1)))
-    for flow in (theirs, ours):
-        for i in range(4):
-            model.run(0, flow.states(i), (2, 24))
+    return model, ours, theirs
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8])
+def test_what_is_compared(toy: Path, tmp_path: Path, size: int) -> None:
+    """The inputs in both models, of every fourth row and of all, however many go together; the Hessian is as ever."""
+    model, ours, theirs = entered(toy, tmp_path, size)
+    plain = stats.collect(model, 0, model.linears(0), ours, Needs(hessian=True))
+    found = stats.collect(model, 0, model.linears(0), ours, Needs(hessian=True), originals=theirs)
+    for a, b in zip(plain, found, strict=True):
+        assert torch.equal(a.stats.hessian, b.stats.hessian)
     assert [group.stats.past is None for group in found] == [False, True, True, True], "q, k, v feed the others"
-    for group in found[:1]:
-        x = [t.double() for t in seen[group.linears[0].name]]
-        original, mine = (torch.cat(x[:3]), x[3]), (torch.cat(x[4:7]), x[7])
-        past = group.stats.past
-        assert past is not None
-        assert past.share == 0.25
-        for cross, a, b in ((past.seen, original[0], mine[0]), (past.held, original[1], mine[1])):
-            assert torch.allclose(cross.double(), (a - b).T @ b / len(b), atol=1e-5)
-        assert torch.allclose(past.held_hessian.double(), mine[1].T @ mine[1] / len(mine[1]), atol=1e-5)
+    seen: list[Tensor] = []
+    module = model.module(found[0].linears[0])
+    module.register_forward_pre_hook(lambda _, args: seen.append(args[0].double()))
+    for flow in (theirs, ours):
+        for piece in flow.pieces():
+            flow.run(0, piece)
+    original, mine = torch.cat(seen).chunk(2)
+    past = found[0].stats.past
+    assert past is not None
+    assert past.share == 0.25
+    for cross, rows in ((past.cross, slice(None)), (past.held_cross, slice(3, None, 4))):
+        a, b = (x[rows].flatten(0, 1) for x in (original, mine))
+        assert torch.allclose(cross.double(), (a - b).T @ b / len(b), atol=1e-5)
+    held = mine[3::4].flatten(0, 1)
+    assert torch.allclose(past.held_hessian.double(), held.T @ held / len(held), atol=1e-5)
+
+
+def test_too_few_rows_to_hold_one_out(toy: Path, tmp_path: Path) -> None:
+    model, ours, theirs = entered(toy, tmp_path, 2, rows=3)
+    found = stats.collect(model, 0, model.linears(0), ours, Needs(hessian=True), originals=theirs)
+    assert all(group.stats.past is None for group in found)
+
+
+def test_experts_have_no_past(four_experts: Path, tmp_path: Path) -> None:
+    """Other tokens reach them in the original model; it is run beside them, and is in none of their sums."""
+    model, ours, theirs = entered(four_experts, tmp_path, 4)
+    for weighted in (False, True):
+        needs = Needs(hessian=True, weighted=weighted)
+        plain = stats.collect(model, 0, model.linears(0), ours, needs)
+        found = stats.collect(model, 0, model.linears(0), ours, needs, originals=theirs)
+        for a, b in zip(plain, found, strict=True):
+            assert a.stats.tokens == b.stats.tokens
+            assert torch.equal(a.stats.hessian, b.stats.hessian)
+            assert (b.stats.past is None) == (b.linears[0].param != found[0].linears[0].param)
 
 
 RUN: dict[str, Any] = {"samples": 16, "seq_len": 48, "device": "cpu", "no_eval": True, "no_client": True}

@@ -290,11 +290,18 @@ def test_blocks_of_another_run_are_not_thrown_away(toy: Path, packed: Path, text
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu(tmp_path: Path) -> None:
-    """In bfloat16, the bundled model at 2 bits: nearer after a few steps, verified, loaded by its client."""
-    run: dict[str, Any] = {"calib": "bundled", "samples": 64, "seq_len": 256, "device": "cuda"}
+    """In bfloat16, the bundled model at 2 bits: nearer after a few steps, verified, loaded by its client; the same bytes
+    a second time."""
+    run: dict[str, Any] = {"calib": "bundled", "samples": 64, "seq_len": 512, "device": "cuda"}
     compress.run("bundled", GPTQ(2, 64), tmp_path / "packed", no_eval=True, no_client=True, **run)
     original = api.find_model("bundled")
-    done = tuning.run(tmp_path / "packed", original, compress.Options(**run), tmp_path / "out", Tuning(steps=20))
+    done, again = (
+        tuning.run(tmp_path / "packed", original, compress.Options(**run), tmp_path / name, Tuning(steps=20))
+        for name in ("out", "again")
+    )
     assert done.after < 0.97 * done.before
+    assert done.notes == [], "a step that cannot be captured, for one"
     assert done.proof is not None
     assert done.proof.layers == 28
+    assert again.after == done.after
+    assert (again.out / "model.safetensors").read_bytes() == (done.out / "model.safetensors").read_bytes()
