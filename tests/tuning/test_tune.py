@@ -290,8 +290,8 @@ def test_blocks_of_another_run_are_not_thrown_away(toy: Path, packed: Path, text
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")
 def test_on_a_gpu(tmp_path: Path) -> None:
-    """In bfloat16, the bundled model at 2 bits: nearer after a few steps, verified, loaded by its client; the same bytes
-    a second time."""
+    """In bfloat16, the bundled model at 2 bits: nearer after a few steps, verified, loaded by its client; the same
+    bytes a second time."""
     run: dict[str, Any] = {"calib": "bundled", "samples": 64, "seq_len": 512, "device": "cuda"}
     compress.run("bundled", GPTQ(2, 64), tmp_path / "packed", no_eval=True, no_client=True, **run)
     original = api.find_model("bundled")
