@@ -89,7 +89,7 @@ class Slopes:
         name, x = self._waiting[number]
         self._waiting[number] = name, x[:0]  # told, and its memory free
         with torch.no_grad():
-            self._tell(name, x, slope.float().square().mean(-1).pow_(_POWER))
+            self._tell(name, x, _mean_square(slope).pow_(_POWER))
 
     def run(self, block: int, states: Tensor, seq: int, first: int) -> None:
         """Send rows through, and back.
@@ -110,9 +110,15 @@ class Slopes:
             self._waiting.clear()
 
 
+def _mean_square(x: Tensor) -> Tensor:
+    """float32 [...] of [..., n]: in one pass, without a float32 copy."""
+    norm: Tensor = torch.linalg.vector_norm(x, dim=-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    return norm.float().square_().div_(x.shape[-1])
+
+
 def _signs(output: Tensor, block: int, first: int) -> Tensor:
     """Random signs [rows, seq, hidden] over each token's root mean square."""
-    unit = output.float().square().mean(-1, keepdim=True).clamp_(min=1e-12).rsqrt_().mul_(_LOUD)
+    unit = _mean_square(output)[..., None].clamp_(min=1e-12).rsqrt_().mul_(_LOUD)
     signs = torch.empty_like(output)
     generator = torch.Generator(output.device)
     for i, row in enumerate(signs):

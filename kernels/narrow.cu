@@ -167,13 +167,12 @@ extern "C" __global__ void CLUSTER __launch_bounds__(THREADS)
             Weights<T>::prepare_weights(place, layer, tile, THREADS);
         }
     };
-    if (KIND == TABLE) prepare(shared, block_tile);
     wait_for_previous();
     next_may_begin();  // where there is room: it has its first weights fetched meanwhile
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) request(d, false);
 
-    for (int r = 0; r < (KIND == BOOK ? BESIDE * RT : 0); r++)
+    for (int r = 0; r < (KIND == BOOK ? BESIDE * RT : 1); r++)  // while the first weights are on their way
         prepare(shared + r * table_bytes, min(block_tile + r, tiles - 1));
     if (tables) __syncthreads();
     if (OUTLIERS && team >= WARPS) {

@@ -83,13 +83,12 @@ extern "C" __global__ void __launch_bounds__(THREADS)
             const u8* chunk = next_codes[i % RT] - Words<BITS>::place(lane);
             prefetch_chunk<CODE_BYTES>(chunk + i / RT * WARPS * BAND * CODE_BYTES, lane);
         }
-    if (KIND == TABLE) Held::prepare_pairs(shared, layer, first_tile, THREADS);
     wait_for_previous();
     next_may_begin();  // where there is room: it has its first weights fetched meanwhile
 #pragma unroll
     for (int d = 0; d < DEPTH; d++) request(d);
 
-    for (int r = 0; r < (KIND == BOOK ? RT : 0); r++)
+    for (int r = 0; r < (KIND == BOOK ? RT : 1); r++)  // while the first weights are on their way
         Held::prepare_pairs(shared + r * table_bytes, layer, min(first_tile + r, tiles - 1), THREADS);
     if (tables) __syncthreads();
     if (OUTLIERS && warp >= WARPS) {

@@ -14,7 +14,7 @@
 // no more, and its `group` takes 0 or 1 for these steps.
 //
 // `prepare_pairs` and `prepare_weights` put tables into shared memory. A table for all is known when the kernel is compiled
-// (the macro NUMBERS, tables.cuh): it waits for no memory, so that this can be done before the kernel before has ended.
+// (the macro NUMBERS, tables.cuh): it waits for no memory, so that this can be done while the first weights are on their way.
 #pragma once
 #include "codes.cuh"
 #include "tables.cuh"

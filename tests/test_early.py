@@ -95,7 +95,7 @@ def test_a_block_that_is_wrong_on_disk_ends_the_run(toy: Path, tmp_path: Path, m
         return solving(model, plan, block, *rest)
 
     def patient(self: Early) -> None:
-        for asked in self._asked:
+        for asked in tuple(self._asked):
             for work in asked.work:
                 work.exception()
         checking(self)

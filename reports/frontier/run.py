@@ -41,7 +41,7 @@ def settings() -> dict[str, dict[str, Any]]:
         for quality in ("fast", "balanced", "best"):
             out[f"{bits} bits {quality}"] = gptq(bits, quality)
         out[f"{bits} bits best, 200 steps"] = gptq(bits, "best", {"steps": 200})
-        for steps in (10, 20, 50, 400):
+        for steps in (10, 20, 50, 150, 400):
             out[f"{bits} bits best, {steps} steps"] = gptq(bits, "best", {"steps": steps})
         for quality in ("balanced", "best"):
             out[f"{bits} bits {quality} without token weights"] = gptq(bits, quality, token_weights=False)

@@ -105,9 +105,10 @@ def test_slopes_of_attention_are_the_same_each_time() -> None:
         with ordered(CUDA):
             with OwnAttention():
                 out = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
-            kept[:] = torch.autograd.grad(out, inputs, slope)
+            for place, value in zip(kept, torch.autograd.grad(out, inputs, slope), strict=True):
+                place.copy_(value)  # what a graph's pool holds must not outlive it
 
-    kept: list[Tensor] = []
+    kept = [torch.empty_like(x, requires_grad=False) for x in inputs]
     replays = Replays(CUDA)
     for step in (work, replays.of(work)):
         for _ in range(10):
