@@ -12,7 +12,6 @@ from compress.cuda import refine
 from compress.cuda.replay import Replays
 from compress.passes.rtn import RTN
 from compress.refiners.tuned import paces, tuned
-from compress.repeatable import OwnAttention, ordered
 from compress.types import LayerStats
 
 pytestmark = [
@@ -91,35 +90,3 @@ def test_what_cannot_be_captured_runs_as_it_is() -> None:
     assert replays.of(work) is work  # it is not tried again
     replays.close()
     assert torch.equal(torch.rand(7, device=CUDA), expected[1])  # random numbers go on where they were
-
-
-def test_slopes_of_attention_are_the_same_each_time() -> None:
-    """In a graph and out of it; torch's own fast backward pass sums them up in the order in which its blocks end."""
-    torch.manual_seed(1)
-    shape = 2, 8, 2048, 64
-    inputs = [torch.randn(shape, device=CUDA, dtype=torch.bfloat16).requires_grad_() for _ in range(3)]
-    slope = torch.randn(shape, device=CUDA, dtype=torch.bfloat16)
-    found: list[list[Tensor]] = []
-
-    def work(slope: Tensor) -> None:
-        with ordered(CUDA):
-            with OwnAttention():
-                out = torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True)
-            for place, value in zip(kept, torch.autograd.grad(out, inputs, slope), strict=True):
-                place.copy_(value)  # what a graph's pool holds must not outlive it
-
-    kept = [torch.empty_like(x, requires_grad=False) for x in inputs]
-    replays = Replays(CUDA)
-    for step in (work, replays.of(work)):
-        for _ in range(10):
-            step(slope)
-            found.append([x.clone() for x in kept])
-    assert replays.rest() == []
-    replays.close()
-    plain = torch.autograd.grad(
-        torch.nn.functional.scaled_dot_product_attention(*inputs, is_causal=True), inputs, slope
-    )
-    for other in found:
-        assert all(map(torch.equal, other, found[0]))
-    for ours, theirs in zip(found[0], plain, strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=0.02, atol=0.02)
