@@ -387,9 +387,10 @@ class BlockModel:
         return self._made(block, hidden, shape)
 
     def traced(self, block: int, hidden: Tensor, shape: tuple[int, int]) -> Tensor:
-        """`run` of a block, with gradients of what its layers make; quantised inputs are taken as they were before."""
+        """`run` of a block, remembering what whoever watches it asks slopes of, and what depends on that; quantised
+        inputs that do are taken as they were before."""
         with torch.enable_grad():
-            return self._made(block, hidden.detach().requires_grad_().clone(), shape)  # which a block may write into
+            return self._made(block, hidden.clone(), shape)  # which a block may write into
 
     def _made(self, block: int, hidden: Tensor, shape: tuple[int, int]) -> Tensor:
         fused = [(self.model.get_parameter(p).data, slices) for p, slices in self._experts_packed.items()]

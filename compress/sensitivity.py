@@ -72,18 +72,19 @@ class Slopes:
         self._stack.close()
         self._waiting.clear()
 
-    def _after(self, name: str) -> Callable[[Any, tuple[Any, ...], Tensor], None]:
+    def _after(self, name: str) -> Callable[[Any, tuple[Any, ...], Tensor], Tensor]:
         return lambda module, args, out: self.watch(name, args[0], out)
 
-    def watch(self, name: str, x: Tensor, out: Tensor) -> None:
-        """A layer has made `out` of `x`; does nothing outside of `run`."""
+    def watch(self, name: str, x: Tensor, out: Tensor) -> Tensor:
+        """A layer has made `out` of `x`. Returns what is to go on in its place; outside of `run` that is `out`."""
         if not torch.is_grad_enabled():
-            return
-        if not out.requires_grad:  # it does not depend on the hidden states
-            out.requires_grad_()
+            return out
+        if not out.requires_grad:  # no watched layer comes before it: the way back ends here
+            out = out.requires_grad_().clone()  # which a block may write into
         number = len(self._waiting)
         self._waiting[number] = name, x.detach()
         out.register_hook(lambda slope: self._reached(number, slope))  # type: ignore[no-untyped-call]
+        return out
 
     def _reached(self, number: int, slope: Tensor) -> None:
         name, x = self._waiting[number]
@@ -102,7 +103,8 @@ class Slopes:
         try:
             with ordered(states.device):
                 out = self._model.traced(block, states, (len(states), seq))
-                torch.autograd.backward([out], [_signs(out.detach(), block, first)])
+                if out.requires_grad:  # else nothing watched was reached
+                    torch.autograd.backward([out], [_signs(out.detach(), block, first)])
             for name, x in self._waiting.values():  # what decides without a slope, as a choice does: all alike
                 if x.numel():
                     self._tell(name, x, x.new_ones(x.shape[:-1], dtype=torch.float32))

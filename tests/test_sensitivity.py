@@ -53,7 +53,7 @@ def faked(block: Block) -> tuple[Any, list[Any]]:
 
     def traced(number: int, states: Tensor, shape: tuple[int, int]) -> Tensor:
         with torch.enable_grad():
-            return block(states.detach().requires_grad_().clone())
+            return block(states.clone())
 
     linears = [SimpleNamespace(name=n, param=f"{n}.weight") for n, _ in block.named_children()]
     return SimpleNamespace(traced=traced, module=lambda linear: block.get_submodule(linear.name)), linears
@@ -98,6 +98,40 @@ def test_what_has_no_slope_counts_alike() -> None:
     assert found["choice"][0].shape == (2, 5, 6)
     assert found["apart"][1].std() > 0
     assert all(bool((weights >= 0).all()) for _, weights in found.values())
+
+
+def test_the_way_back_ends_at_the_first_layers() -> None:
+    """What comes before them is not differentiated; what they make may be written into, as by a model that clips it."""
+
+    class Before(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x + 1
+
+        @staticmethod
+        def backward(ctx: Any, slope: Tensor) -> Tensor:
+            raise AssertionError("for nothing")
+
+    class Clipped(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            x = Before.apply(x)  # type: ignore[no-untyped-call]
+            made = self.mix(x).clamp_(-1, 1)
+            return x + self.down(torch.tanh(self.up(x + made)))
+
+    found = told(Clipped(), torch.randn(2, 5, 6, generator=torch.Generator().manual_seed(2)))
+    assert set(found) == {"mix", "up", "down"}
+    assert found["mix"][1].std() > 0
+    assert float(found["mix"][1].min()) >= 0
+
+
+def test_nothing_was_reached() -> None:
+    """As of experts in a batch whose tokens go elsewhere."""
+
+    class Elsewhere(Block):
+        def forward(self, x: Tensor) -> Tensor:
+            return x
+
+    assert told(Elsewhere(), torch.randn(2, 5, 6)) == {}
 
 
 def test_nothing_is_watched_outside_of_a_run() -> None:
