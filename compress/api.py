@@ -17,6 +17,7 @@ from compress.assets import folder
 from compress.calibration import EvalText, Rows, calibration_rows
 from compress.checkpoint import Checkpoint
 from compress.clients import pick
+from compress.cuda.support import preload
 from compress.errors import CompressError
 from compress.evaluate.perplexity import Score, cut_windows, evaluate
 from compress.evaluate.states import Cache
@@ -200,9 +201,18 @@ def find_device(name: str | None) -> torch.device:
 
 
 def wake(device: torch.device) -> None:
-    """Start a GPU's context and solver library in the background: seconds, while texts are read and tokenised."""
+    """Start a GPU's context and libraries in the background: seconds, while texts are read and tokenised.
+
+    A process that ends meanwhile waits: torn down under a library that starts, it would be aborted.
+    """
     if device.type == "cuda":
-        threading.Thread(target=lambda: torch.linalg.cholesky(torch.eye(8, device=device)), daemon=True).start()
+        threading.Thread(target=_started, args=(device,), name="wake").start()
+
+
+def _started(device: torch.device) -> None:
+    eye = torch.eye(8, device=device)
+    torch.linalg.cholesky(eye @ eye)
+    preload()
 
 
 def find_dtype(name: str) -> torch.dtype | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
+import importlib
 import logging
 import re
 import sys
@@ -70,6 +72,14 @@ def probe(device: int | None = None) -> Support:
     if switched_off():
         return replace(found, usable=False, reason="COMPRESS_KERNELS=0 switches them off; unset it")
     return found
+
+
+def preload() -> None:
+    """Import CuPy, half a second to a second, unless kernels are switched off. What keeps it from being imported
+    `probe` meets again, and tells."""
+    if not switched_off():
+        with contextlib.suppress(ImportError, OSError):
+            importlib.import_module("cupy")
 
 
 def why_not_once(support: Support) -> None:

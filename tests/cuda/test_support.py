@@ -147,3 +147,21 @@ def test_driver_version_without_a_driver(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(support.ctypes, "CDLL", missing)
     assert support.driver_version() == 0
     assert support.driver_cuda() == ""
+
+
+@pytest.mark.parametrize("error", [ModuleNotFoundError("No module named 'cupy'"), OSError("libcuda.so.1"), None])
+def test_preloading_leaves_what_is_wrong_to_probe(error: Exception | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    def imported(name: str) -> None:
+        asked.append(name)
+        if error is not None:
+            raise error
+
+    monkeypatch.setattr(support.importlib, "import_module", imported)
+    monkeypatch.setenv("COMPRESS_KERNELS", "0")
+    support.preload()
+    assert not asked
+    monkeypatch.delenv("COMPRESS_KERNELS")
+    support.preload()
+    assert asked == ["cupy"]
