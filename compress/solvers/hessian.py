@@ -149,8 +149,9 @@ def segment_sum(x: Tensor, size: int) -> Tensor:
     columns = x.shape[-1]
     size = columns if size == -1 else size
     groups = -(-columns // size)
-    padded = torch.nn.functional.pad(x, (0, groups * size - columns))
-    return padded.reshape(*x.shape[:-1], groups, size).sum(-1)
+    if groups * size != columns:  # else it would be a copy
+        x = torch.nn.functional.pad(x, (0, groups * size - columns))
+    return x.reshape(*x.shape[:-1], groups, size).sum(-1)
 
 
 def refit_scales(k: Tensor, target: Tensor, damped: Tensor, grids: Grid, size: int) -> Grid:
