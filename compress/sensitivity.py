@@ -59,7 +59,7 @@ class Slopes:
         self, model: BlockModel, linears: Collection[Linear], tell: Callable[[str, Tensor, Tensor], None]
     ) -> None:
         self._model, self._tell = model, tell
-        self._waiting: dict[int, tuple[str, Tensor]] = {}
+        self._waiting: dict[int, tuple[str, Tensor]] | None = None  # for slopes; None outside of `run`
         self._stack = ExitStack()
         for linear in linears:
             handle = model.module(linear).register_forward_hook(self._after(linear.name))
@@ -70,15 +70,20 @@ class Slopes:
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()
-        self._waiting.clear()
 
     def _after(self, name: str) -> Callable[[Any, tuple[Any, ...], Tensor], Tensor]:
         return lambda module, args, out: self.watch(name, args[0], out)
 
     def watch(self, name: str, x: Tensor, out: Tensor) -> Tensor:
-        """A layer has made `out` of `x`. Returns what is to go on in its place; outside of `run` that is `out`."""
-        if not torch.is_grad_enabled():
+        """A layer has made `out` of `x`. Returns what is to go on in its place; outside of `run` that is `out`.
+
+        Raises:
+            RuntimeError: the block switches gradients off there.
+        """
+        if self._waiting is None:
             return out
+        if not torch.is_grad_enabled():
+            raise RuntimeError(f"{name} computes without gradients")
         if not out.requires_grad:  # no watched layer comes before it: the way back ends here
             out = out.requires_grad_().clone()  # which a block may write into
         number = len(self._waiting)
@@ -87,6 +92,7 @@ class Slopes:
         return out
 
     def _reached(self, number: int, slope: Tensor) -> None:
+        assert self._waiting is not None
         name, x = self._waiting[number]
         self._waiting[number] = name, x[:0]  # told, and its memory free
         with torch.no_grad():
@@ -99,17 +105,22 @@ class Slopes:
             states: [rows, seq, hidden], what enters the block.
             first: number of the first row among all. A row's signs depend on nothing else but the block, so that it
                 makes no difference how many rows go together.
+
+        Raises:
+            RuntimeError: the block cannot be differentiated, as far as torch or `watch` can tell.
         """
+        waiting = self._waiting = {}
         try:
             with ordered(states.device):
                 out = self._model.traced(block, states, (len(states), seq))
-                if out.requires_grad:  # else nothing watched was reached
+                if waiting:  # else nothing watched was reached
                     torch.autograd.backward([out], [_signs(out.detach(), block, first)])
-            for name, x in self._waiting.values():  # what decides without a slope, as a choice does: all alike
+            for name, x in waiting.values():  # what decides without a slope, as a choice does: all alike
                 if x.numel():
                     self._tell(name, x, x.new_ones(x.shape[:-1], dtype=torch.float32))
         finally:
-            self._waiting.clear()
+            waiting.clear()  # the graph's hooks know this
+            self._waiting = None
 
 
 def _mean_square(x: Tensor) -> Tensor:

@@ -295,6 +295,33 @@ def test_a_block_that_cannot_be_differentiated(toy: Path, tmp_path: Path, monkey
         stats.collect(model, 0, model.linears(0), flow, WEIGHTED)
 
 
+@pytest.mark.parametrize("whole", [False, True])
+def test_a_block_that_computes_without_gradients(
+    whole: bool, toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it, or a part: its tokens count alike, and the report says so."""
+    model, flow = flow_of(toy, tmp_path)
+    plain = stats.collect(model, 0, model.linears(0), flow, Needs(hessian=True))
+    part: Any = model.model.get_submodule(model.block_names[0] + ("" if whole else ".self_attn"))
+    monkeypatch.setattr(part, "forward", torch.no_grad()(part.forward))
+    found = stats.collect(model, 0, model.linears(0), flow, WEIGHTED)
+    assert [torch.equal(a.stats.hessian, b.stats.hessian) for a, b in zip(found, plain, strict=True)] == [True] * 4
+    assert not any(group.weighted for group in found)
+    (note,) = flow.told()
+    assert note.startswith("a block cannot be differentiated (")
+    assert note.endswith("q_proj computes without gradients): its tokens count alike")
+
+
+def test_a_block_whose_output_is_cut_off(toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, flow = flow_of(toy, tmp_path)
+    whole = BlockModel.traced
+    monkeypatch.setattr(BlockModel, "traced", lambda *given: whole(*given).detach())
+    found = stats.collect(model, 0, model.linears(0), flow, WEIGHTED)
+    assert not any(group.weighted for group in found)
+    (note,) = flow.told()
+    assert note.startswith("a block cannot be differentiated (")
+
+
 def test_a_way_back_that_had_no_room_leaves_nothing_behind(
     toy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

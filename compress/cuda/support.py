@@ -75,8 +75,8 @@ def probe(device: int | None = None) -> Support:
 
 
 def preload() -> None:
-    """Import CuPy, half a second to a second, unless kernels are switched off. What keeps it from being imported
-    `probe` meets again, and tells."""
+    """Import CuPy, half a second to a second, unless kernels are switched off. For a thread, which `probe` is not: it
+    changes the process's filters of warnings for a moment. It meets what keeps CuPy from being imported, and tells."""
     if not switched_off():
         with contextlib.suppress(ImportError, OSError):
             importlib.import_module("cupy")
