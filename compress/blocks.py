@@ -18,9 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from compress import linear as computing
-from compress.ahead import Lane, Reader, Timed, untimed
+from compress.ahead import Reader, Timed, untimed
 from compress.errors import CompressError
 from compress.formats.base import LayerShape
+from compress.lane import Lane
 from compress.repeatable import OwnAttention
 from compress.skeleton import Part, decoder_blocks, disk_names, keeps_transposed, skeleton
 from compress.types import Packed

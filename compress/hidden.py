@@ -15,10 +15,10 @@ import psutil
 import torch
 from torch import Tensor
 
-from compress.ahead import Lane, Mark, lane_to
 from compress.checkpoint import read_into, tensor_bytes
 from compress.cuda.replay import Replays
 from compress.errors import CompressError
+from compress.lane import Lane, Mark, lane_to
 
 if TYPE_CHECKING:
     from compress.blocks import BlockModel

@@ -14,7 +14,7 @@ import torch
 
 from compress import hidden
 from compress import plan as planning
-from compress.ahead import Begun, Here, Lane, Outbox, lane_to
+from compress.ahead import Begun, Outbox
 from compress.asking import ask
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
@@ -28,6 +28,7 @@ from compress.hidden import Activations
 from compress.hub import push
 from compress.job import Clock, Job, Progress, Result, Status
 from compress.journal import Journal, check_output
+from compress.lane import Here, Lane, lane_to
 from compress.output import assemble, config_of, room_needed, written_once
 from compress.plan import Plan
 from compress.report import finish

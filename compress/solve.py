@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 from compress import stats
-from compress.ahead import Here, Lane, Outbox
+from compress.ahead import Outbox
 from compress.blocks import BlockModel, Linear
 from compress.errors import CompressError
 from compress.hidden import Activations
 from compress.job import Clock
+from compress.lane import Here, Lane
 from compress.packed.sparse import Sparse
 from compress.packed.uniform import UniformGrid
 from compress.plan import Plan

@@ -17,12 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.ahead import in_order, lane_to
+from compress.ahead import in_order
 from compress.blocks import BlockModel, refuse_infinite
 from compress.checkpoint import Checkpoint, Stored, read_tensor, tensor_bytes
 from compress.errors import CompressError
 from compress.gguf.writer import COMPUTED
 from compress.hashes import hash_files
+from compress.lane import lane_to
 from compress.output import RECORD, WEIGHT_FILES, read_record
 from compress.weights import Weights
 

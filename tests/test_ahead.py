@@ -24,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import compress
 from compress import ahead, flows, hidden, journal, passes, pipeline, stats
-from compress.ahead import Begun, Here, Outbox, Reader, in_order
+from compress.ahead import Begun, Outbox, Reader, in_order
 from compress.blocks import BlockModel, all_finite
 from compress.checkpoint import Checkpoint
 from compress.errors import CompressError
 from compress.evaluate import states
+from compress.lane import Here
 from compress.types import Needs
 from compress.weights import Weights
 

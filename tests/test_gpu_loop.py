@@ -12,11 +12,11 @@ import torch
 
 import compress.api
 from compress import flows, hidden, pipeline, stats
-from compress.ahead import Here, Stream
 from compress.blocks import BlockModel
 from compress.checkpoint import Checkpoint
 from compress.evaluate import states
 from compress.job import Clock
+from compress.lane import Here, Stream
 from compress.types import Needs
 from compress.weights import Weights
 

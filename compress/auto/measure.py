@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from compress import stats
-from compress.ahead import Here
 from compress.auto.candidates import Candidate, Field, Group
 from compress.auto.forks import Variants
 from compress.auto.store import Divergences, Losses, Store
@@ -26,6 +25,7 @@ from compress.blocks import BlockModel, Linear
 from compress.errors import CompressError
 from compress.hidden import Activations
 from compress.job import Progress, Status
+from compress.lane import Here
 from compress.sums import Inputs
 from compress.types import LayerStats, Packed, Pass, moved
 

@@ -20,11 +20,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from compress.ahead import Here, lane_to
 from compress.blocks import BlockModel
 from compress.checkpoint import read_header, tensor_bytes
 from compress.errors import CompressError
 from compress.hidden import Activations, batch_rows
+from compress.lane import Here, lane_to
 
 #: (blocks done, blocks in all)
 Step = Callable[[int, int], None]
